@@ -1,0 +1,238 @@
+"""Mode ``eager``: torch's own kernels, with the clip coefficient handed to the optimizer's step.
+
+Three ways to hand it over, from the cheapest:
+
+* torch's fused kernels divide each gradient by ``optimizer.grad_scale`` as they read it;
+* the gradients are scaled in place, as ``clip_grad_norm_`` does;
+* with ``write_grads=False`` the step runs on scaled copies, some parameters at a time.
+
+Private parts of torch used here, read in torch 2.11 to 2.13: the attributes ``grad_scale`` and
+``found_inf`` (the protocol between ``GradScaler`` and the fused optimizers), ``Optimizer.step``'s
+``hooked`` and ``__wrapped__``, ``_debug_has_internal_overlap``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from compileclip import reference
+from compileclip.functional import get_total_norm, is_sharded, local, nonfinite_message
+from compileclip.settings import ClipSettings
+
+# write_grads=False copies this much of the gradients at a time, or one gradient if that is larger.
+COPY_BYTES = 64 << 20
+
+
+@dataclass
+class Gradients:
+    """The gradients of one step, and what a ``GradScaler`` says of them.
+
+    ``grad_scale`` is the factor by which the loss, and so the gradients, are still multiplied;
+    ``found_inf`` is not 0 where the step must not count. Both are 0-dim float32 tensors or None.
+    """
+
+    params: list[Tensor]
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def total_norm(self, norm_type: float) -> Tensor:
+        """The norm of the gradients with ``grad_scale`` taken out, before clipping."""
+        norm = get_total_norm([p.grad for p in self.params if p.grad is not None], norm_type)
+        return norm if self.grad_scale is None else norm / self.grad_scale.to(norm.device)
+
+
+def params_with_grad(optimizer: Optimizer) -> list[Tensor]:
+    """Each parameter of ``optimizer`` that has a gradient, once.
+
+    Raises:
+        RuntimeError: a gradient lies on another device than its parameter.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    for p in params:
+        if p.grad.device != p.device:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(p.shape)} on {p.device} has its gradient on "
+                f"{p.grad.device}; move it with p.grad = p.grad.to(p.device). Nothing was changed"
+            )
+    return list(dict.fromkeys(params))
+
+
+def update(optimizer: Optimizer, settings: ClipSettings, grads: Gradients, norm: Tensor) -> None:
+    """Run the optimizer's own step on clipped gradients, or leave everything as it is.
+
+    Args:
+        optimizer: the wrapped optimizer; its hooks are not run.
+        settings: how to clip.
+        grads: the parameters and their gradients.
+        norm: ``grads.total_norm(settings.norm_type)``.
+
+    Raises:
+        RuntimeError: ``nonfinite="raise"`` and the norm is not finite; nothing was changed.
+    """
+    if not _may_step(optimizer, settings, grads, norm):
+        return
+    coef = None if settings.max_norm is None else reference.clip_coef(settings.max_norm, norm)
+    amp = None if grads.grad_scale is None else grads.grad_scale.to(norm.device)
+    divide = settings.write_grads is not False and _takes_this_scale(optimizer, grads, norm)
+    divisor = _quotient(amp, coef) if divide else None
+    with _attributes(optimizer, grad_scale=divisor, found_inf=grads.found_inf):
+        factor = None if divide else _quotient(coef, amp)
+        if factor is not None and settings.write_grads is False:
+            _step_on_copies(optimizer, grads.params, factor)
+            return
+        if factor is not None:
+            _scale_in_place(grads.params, factor)
+        _unhooked_step(optimizer)()
+
+
+def takes_grad_scale(optimizer: Optimizer) -> bool:
+    """Whether all groups run fused kernels of torch's own, which honour ``grad_scale``."""
+    return is_torchs_own(optimizer) and all(g.get("fused") for g in optimizer.param_groups)
+
+
+def is_torchs_own(optimizer: Optimizer) -> bool:
+    """Whether the step is torch's, and so known to treat each parameter by itself."""
+    return type(optimizer).step.__module__.startswith("torch.optim.")
+
+
+def _may_step(optimizer: Optimizer, settings: ClipSettings, grads: Gradients, norm: Tensor) -> bool:
+    """Decide what a non-finite norm means; on the device where the optimizer can.
+
+    Elsewhere "skip" waits for the norm: an optimizer that counts its steps on the host cannot be
+    told by the device that one does not count.
+    """
+    if settings.nonfinite == "propagate":
+        return True
+    if settings.nonfinite == "skip" and _skips_on_device(optimizer, grads, norm):
+        nonfinite = (~norm.isfinite()).to(torch.float32)
+        found = grads.found_inf
+        grads.found_inf = nonfinite if found is None else found.to(norm.device) + nonfinite
+        return True
+    if norm.isfinite():
+        return True
+    # An overflow that the GradScaler has seen is its business: it skips the step, no error.
+    if settings.nonfinite == "raise" and (grads.found_inf is None or not grads.found_inf.item()):
+        raise RuntimeError(nonfinite_message(settings.norm_type, norm))
+    return settings.nonfinite == "raise"
+
+
+def _skips_on_device(optimizer: Optimizer, grads: Gradients, norm: Tensor) -> bool:
+    """Whether to leave "skip" to the fused kernels, which change nothing where found_inf is set.
+
+    Not for the first step, in which the state is made: SGD would keep an uninitialized momentum.
+    """
+    if not _is_asynchronous(norm.device) or not takes_grad_scale(optimizer):
+        return False
+    stateless = {p for g in optimizer.param_groups if g.get("momentum") == 0 for p in g["params"]}
+    return all(optimizer.state.get(p) or p in stateless for p in grads.params)
+
+
+def _is_asynchronous(device: torch.device) -> bool:
+    """Whether reading a value from ``device`` would make the host wait."""
+    return device.type != "cpu"
+
+
+def _takes_this_scale(optimizer: Optimizer, grads: Gradients, norm: Tensor) -> bool:
+    """Whether to pass the coefficient as ``grad_scale``, which the kernels read as float32.
+
+    A float64 gradient deserves a float64 coefficient, and a ``DTensor`` takes no plain scale.
+    """
+    narrow = norm.dtype == torch.float32
+    return narrow and takes_grad_scale(optimizer) and not any(is_sharded(p) for p in grads.params)
+
+
+def _unhooked_step(optimizer: Optimizer) -> Callable[[], object]:
+    """The optimizer's step without its hooks, which the wrapper has run already."""
+    step = type(optimizer).step
+    if getattr(step, "hooked", False):
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    return lambda: step(optimizer)
+
+
+def _quotient(dividend: Tensor | None, divisor: Tensor | None) -> Tensor | None:
+    """``dividend / divisor``, where None stands for 1."""
+    if divisor is None:
+        return dividend
+    return divisor.reciprocal() if dividend is None else dividend / divisor
+
+
+@contextmanager
+def _attributes(optimizer: Optimizer, **tensors: Tensor | None) -> Iterator[None]:
+    """Set those attributes of ``optimizer`` that are not None for the time of a step."""
+    names = [name for name, tensor in tensors.items() if tensor is not None]
+    for name in names:
+        setattr(optimizer, name, tensors[name])
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(optimizer, name)
+
+
+def _scale_in_place(params: Sequence[Tensor], factor: Tensor) -> None:
+    for p in params:
+        grad = p.grad
+        assert grad is not None
+        # An expanded gradient cannot be written in place, and torch would find that out only after
+        # it has scaled those before it.
+        if _is_plain(grad) and torch._debug_has_internal_overlap(grad) == 1:
+            p.grad = grad.contiguous()
+    distinct = {id(p.grad): p.grad for p in params if p.grad is not None}
+    reference.scale_([local(g) for g in distinct.values()], factor)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not is_sharded(tensor)
+
+
+def _scaled_copies(grads: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
+    copies = [g.clone() for g in grads]
+    reference.scale_([local(g) for g in copies], factor)
+    return copies
+
+
+def _step_on_copies(optimizer: Optimizer, params: list[Tensor], factor: Tensor) -> None:
+    """Step on scaled copies of the gradients, and put the gradients back as they were.
+
+    An optimizer skips parameters whose gradient is None, so torch's own run on some parameters at
+    a time. Another one may do once a step what this would repeat (count the step in its group, take
+    a statistic over all gradients), so it gets all copies at once.
+    """
+    grads = [p.grad for p in params if p.grad is not None]
+    pairs = list(zip(params, grads, strict=True))
+    step = _unhooked_step(optimizer)
+    try:
+        for p in params:
+            p.grad = None
+        for piece in _pieces(pairs) if is_torchs_own(optimizer) else [pairs]:
+            _set_grads(piece, _scaled_copies([g for _, g in piece], factor))
+            step()
+            _set_grads(piece, [None] * len(piece))
+    finally:
+        _set_grads(pairs, grads)
+
+
+def _set_grads(pairs: Sequence[tuple[Tensor, Tensor]], grads: Sequence[Tensor | None]) -> None:
+    for (p, _), grad in zip(pairs, grads, strict=True):
+        p.grad = grad
+
+
+def _pieces(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Split ``pairs`` so that the gradients of each piece fill ``COPY_BYTES`` at most."""
+    piece: list[tuple[Tensor, Tensor]] = []
+    size = 0
+    for p, grad in pairs:
+        nbytes = (grad._values() if grad.layout == torch.sparse_coo else local(grad)).nbytes
+        if piece and size + nbytes > COPY_BYTES:
+            yield piece
+            piece, size = [], 0
+        piece.append((p, grad))
+        size += nbytes
+    if piece:
+        yield piece

@@ -1,0 +1,244 @@
+"""``wrap`` and ``ClippedOptimizer``: an optimizer whose step clips.
+
+The way of the data in one step: gradients -> total norm -> clip coefficient -> the wrapped
+optimizer's own update. The mode (``eager.py``) decides how the coefficient reaches the update.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from compileclip import eager
+from compileclip.settings import ClipSettings
+
+
+def wrap(
+    optimizer: Optimizer,
+    max_norm: float | None,
+    *,
+    norm_type: float = 2.0,
+    nonfinite: str = "propagate",
+    write_grads: bool | None = None,
+    mode: str = "auto",
+) -> ClippedOptimizer:
+    """Make ``optimizer.step()`` clip the total norm of all its gradients before it updates.
+
+    ``opt = wrap(AdamW(...), max_norm=1.0)`` replaces ``clip_grad_norm_`` and ``optimizer.step()``
+    by ``opt.step()``.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer`` whose step needs no closure. The wrapper shares its
+            parameter groups, its state and its hooks; from here on, use the wrapper.
+        max_norm: the largest total norm that gradients keep. ``None`` clips nothing, and the norm
+            is measured all the same. May be set anew at any time: ``opt.max_norm = 0.5``.
+        norm_type: the order p of the norm, ``inf`` included.
+        nonfinite: what a NaN or infinite norm does. ``"propagate"``: what torch does, the gradients
+            are scaled by it. ``"raise"``: ``RuntimeError``, and nothing has changed; each step
+            waits for the device. ``"skip"``: parameters, state and step counts stay as they were,
+            decided on the device where the optimizer runs fused (``fused=True``), else by waiting
+            for the norm.
+        write_grads: ``True``: ``p.grad`` holds the clipped gradient after the step. ``False``:
+            ``p.grad`` is left untouched; the step then runs on scaled copies, at most 64 MiB (or
+            one gradient) at a time for torch's optimizers, and all gradients at once for another
+            class, whose step must not be split. ``None``: whichever is cheaper, so do not read
+            ``p.grad`` after the step.
+        mode: ``"eager"``, or ``"auto"``, which takes the fastest mode there is: so far, eager.
+
+    Returns:
+        A ``ClippedOptimizer``.
+
+    Raises:
+        TypeError: ``optimizer`` is no optimizer, or a number is not one.
+        ValueError: a value is out of its range, ``optimizer`` is wrapped already, or its step needs
+            a closure (``LBFGS``).
+        NotImplementedError: a mode that this version does not have.
+    """
+    settings = ClipSettings(max_norm, norm_type, nonfinite, write_grads, mode)
+    return ClippedOptimizer(optimizer, settings)
+
+
+class ClippedOptimizer(Optimizer):
+    """An optimizer whose ``step`` clips by total norm; made by ``compileclip.wrap``.
+
+    ``param_groups``, ``state``, ``defaults`` and ``state_dict()`` are the wrapped optimizer's own,
+    so that a checkpoint moves freely between wrapped and unwrapped. Its hooks are shared too: they
+    run once, before the norm is taken and after the update, and get the wrapper. Whatever else the
+    wrapped optimizer has can be read through the wrapper.
+
+    Attributes:
+        optimizer: the wrapped optimizer.
+        total_norm: the norm of the last step's gradients before clipping, a 0-dim tensor on the
+            device, float32 or float64; ``None`` before the first step. With a ``GradScaler`` it is
+            the norm of the unscaled gradients.
+    """
+
+    optimizer: Optimizer
+    total_norm: Tensor | None
+    _settings: ClipSettings
+
+    def __init__(self, optimizer: Optimizer, settings: ClipSettings) -> None:
+        _check_optimizer(optimizer)
+        self.__setstate__({"optimizer": optimizer, "settings": settings, "total_norm": None})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take the total norm of all gradients, clip, and update.
+
+        Args:
+            closure: reevaluates the model and returns the loss; called once, before the norm.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            RuntimeError: a gradient lies on another device than its parameter, or the norm is not
+                finite and ``nonfinite="raise"``. Nothing was changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # A GradScaler leaves these on an optimizer that unscales by itself.
+        scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
+        grads = eager.Gradients(eager.params_with_grad(self.optimizer), scale, found_inf)
+        self.total_norm = grads.total_norm(self.norm_type)
+        eager.update(self.optimizer, self._settings, grads, self.total_norm)
+        # A scheduler made before wrapping watches the wrapped optimizer's step through this.
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        return loss
+
+    @property
+    def max_norm(self) -> float | None:
+        """The largest total norm that gradients keep, or None; may be set at any time."""
+        return self._settings.max_norm
+
+    @max_norm.setter
+    def max_norm(self, value: float | None) -> None:
+        self._settings = replace(self._settings, max_norm=value)
+
+    @property
+    def norm_type(self) -> float:
+        """The order p of the norm."""
+        return self._settings.norm_type
+
+    @property
+    def nonfinite(self) -> str:
+        """What a NaN or infinite norm does: "propagate", "raise" or "skip"."""
+        return self._settings.nonfinite
+
+    @property
+    def write_grads(self) -> bool | None:
+        """Whether ``p.grad`` holds the clipped gradient after a step; None for no promise."""
+        return self._settings.write_grads
+
+    @property
+    def mode(self) -> str:
+        """The mode that was asked for."""
+        return self._settings.mode
+
+    def explain(self) -> str:
+        """A table of what a step does: per bucket its mode, size, scaling and bytes moved."""
+        from compileclip.explain import explain  # tabulate is not needed for training
+
+        return explain(self.optimizer, self._settings)
+
+    # What belongs to the wrapped optimizer.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's parameter groups."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        """The wrapped optimizer's state, by parameter."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.optimizer.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The wrapped optimizer's default hyperparameters."""
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.optimizer.defaults = value
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # Asked by GradScaler: True leaves unscaling to the step, and spares a pass.
+        return eager.takes_grad_scale(self.optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's ``state_dict()``; clipping has no state of its own."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a checkpoint of the optimizer, whether it was wrapped or not."""
+        self.optimizer.load_state_dict(state_dict)  # type: ignore[arg-type]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group to the wrapped optimizer; the next norm takes it in."""
+        self.optimizer.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as the wrapped optimizer does."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def __getattr__(self, name: str) -> Any:
+        if "optimizer" not in self.__dict__:  # while it is being unpickled
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{k}={v!r}" for k, v in asdict(self._settings).items())
+        return f"{type(self).__name__} ({settings})\n{self.optimizer!r}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer,
+            "settings": self._settings,
+            "total_norm": self.total_norm,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.optimizer = state["optimizer"]
+        self._settings = state["settings"]
+        self.total_norm = state["total_norm"]
+        for name, value in vars(self.optimizer).items():
+            if name.startswith("_optimizer_") and name.endswith("_hooks"):
+                self.__dict__[name] = value
+        self._patch_step_function()
+
+
+def _check_optimizer(optimizer: object) -> None:
+    if isinstance(optimizer, ClippedOptimizer):
+        raise ValueError(
+            f"this {type(optimizer.optimizer).__name__} is wrapped already, with max_norm="
+            f"{optimizer.max_norm}; change its max_norm instead of wrapping it twice"
+        )
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"wrap() takes a torch.optim.Optimizer, got {type(optimizer).__name__}; "
+            "make it one, or call compileclip.clip_grad_norm_ before its step"
+        )
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__}.step needs a closure, which it may call many times in one "
+            "step; call compileclip.clip_grad_norm_ inside the closure instead of wrapping"
+        )

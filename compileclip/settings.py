@@ -1,0 +1,61 @@
+"""What a user chose when wrapping an optimizer, checked once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+NONFINITE = ("propagate", "raise", "skip")
+MODES = ("auto", "eager", "inductor", "multi_tensor")
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """The arguments of ``compileclip.wrap``; see there.
+
+    Raises:
+        TypeError: a number is not one.
+        ValueError: a value is out of its range.
+        NotImplementedError: a mode that this version does not have.
+    """
+
+    max_norm: float | None
+    norm_type: float = 2.0
+    nonfinite: str = "propagate"
+    write_grads: bool | None = None
+    mode: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.max_norm is not None:
+            object.__setattr__(self, "max_norm", _max_norm(self.max_norm))
+        object.__setattr__(self, "norm_type", _number("norm_type", self.norm_type))
+        if math.isnan(self.norm_type):
+            raise ValueError("norm_type is nan; pass the order of a norm, such as 2.0 or inf")
+        if self.nonfinite not in NONFINITE:
+            raise ValueError(f"nonfinite={self.nonfinite!r} is unknown; choose from {NONFINITE}")
+        if self.write_grads not in (None, True, False):
+            raise ValueError(f"write_grads={self.write_grads!r}; choose from None, True, False")
+        if self.mode not in MODES:
+            raise ValueError(f"mode={self.mode!r} is unknown; choose from {MODES}")
+        if self.mode in ("inductor", "multi_tensor"):
+            raise NotImplementedError(
+                f'mode={self.mode!r} does not exist in this version; use mode="eager", or '
+                'mode="auto", which takes the fastest mode there is'
+            )
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}={value!r} is no number; pass a float") from None
+
+
+def _max_norm(value: object) -> float:
+    max_norm = _number("max_norm", value)
+    if math.isnan(max_norm) or max_norm < 0:
+        raise ValueError(
+            f"max_norm={max_norm} is no bound of a norm; pass a number >= 0, "
+            "or None to measure the norm without clipping"
+        )
+    return max_norm
