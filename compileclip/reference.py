@@ -147,11 +147,10 @@ def _power_of_two_scale(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
 def _tensor_norms(group: list[Tensor], norm_type: float, scale: Tensor | None) -> Sequence[Tensor]:
     """The p-norms of tensors of one device and dtype, in the dtype that sums are taken in."""
     device, dtype = group[0].device, group[0].dtype
-    if math.isinf(norm_type):  # nothing is summed
+    if norm_type == 0 or math.isinf(norm_type):
+        # Nothing is summed, or (p = 0) only whether a sum is 0 is asked for.
         return torch._foreach_norm(group, norm_type)
     wide = torch.promote_types(_accumulate_dtype(device), dtype)  # complex stays complex
-    if norm_type == 0:
-        return torch._foreach_norm(group, norm_type, dtype=wide)
     if scale is not None:
         factor = scale.to(device)
         return [torch.linalg.vector_norm(t.to(wide) * factor, norm_type) for t in group]

@@ -1,0 +1,1 @@
+"""What shows and measures compileclip; not installed with it."""
