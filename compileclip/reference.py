@@ -90,6 +90,8 @@ def scale_(tensors: Sequence[Tensor], scale: Tensor, foreach: bool = True) -> No
         for t in dense:
             t.copy_(t.float() * scale) if t.dtype in _HALF else t.mul_(scale)
         return
+    if not dense:
+        return
     grouped = _group_tensors_by_device_and_dtype([dense]).items()  # type: ignore[list-item]
     group: list[Tensor]
     for (device, dtype), ((group,), _) in grouped:  # type: ignore[assignment]
