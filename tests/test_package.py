@@ -7,8 +7,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-import compileclip
 import compileclip.passes
+
+import compileclip
 
 ROOT = Path(__file__).parent.parent
 
