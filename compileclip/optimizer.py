@@ -87,6 +87,8 @@ class ClippedOptimizer(Optimizer):
         _check_optimizer(optimizer)
         self.__setstate__({"optimizer": optimizer, "settings": settings, "total_norm": None})
 
+    # Traced, the attributes that a step sets would come back to the caller as they were before.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take the total norm of all gradients, clip, and update.

@@ -1,0 +1,98 @@
+"""Break the code on purpose, one place at a time, and see the tests fail: ``make mutants``.
+
+Each mutant replaces one piece of text in a copy of the checkout and runs the tests named beside it.
+A mutant that survives is an error. (That half precision is scaled in float32 shows on a GPU only.)
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+QUICK = "tests/test_functional.py tests/test_wrapper.py"
+
+# (what, file, old text, new text, tests)
+MUTANTS = [
+    ("epsilon", "reference.py", "+ 1e-6), max", "+ 1e-5), max", QUICK),
+    ("clamp", "reference.py", "torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)",
+     "max_norm / (total_norm + 1e-6)", QUICK),
+    ("order p of the last norm", "reference.py",
+     "torch.linalg.vector_norm(torch.stack(norms), norm_type)",
+     "torch.linalg.vector_norm(torch.stack(norms), 2.0)", QUICK),
+    ("float64 sums", "reference.py", 'else torch.float64  # MPS',
+     'else torch.float32  # MPS', "tests/test_functional.py tests/test_properties.py"),
+    ("range of the sums", "reference.py", "- 50\n", "+ 5000\n", QUICK),
+    ("None filter", "functional.py", "for p in parameters if p.grad is not None]",
+     "for p in parameters]", QUICK),
+    ("error before scaling", "functional.py", "if error_if_nonfinite and not",
+     "if False and not", QUICK),
+    ("None filter of the wrapper", "eager.py", 'in group["params"] if p.grad is not None]',
+     'in group["params"]]', "tests/test_wrapper.py"),
+    ("copy of the gradient", "eager.py", "g.clone() for g in grads", "g for g in grads",
+     "tests/test_wrapper.py"),
+    ("gradients put back", "eager.py", "_set_grads(pairs, grads)", "pass", "tests/test_wrapper.py"),
+    ("pieces for foreign optimizers", "eager.py",
+     "_pieces(pairs) if is_torchs_own(optimizer) else [pairs]", "[[pair] for pair in pairs]",
+     "tests/test_wrapper.py"),
+    ("quotient of the scales", "eager.py", "divisor.reciprocal() if", "divisor if",
+     "tests/test_training.py tests/test_amp.py"),
+    ("unscaled norm", "eager.py", "else norm / self.grad_scale", "else norm * self.grad_scale",
+     "tests/test_amp.py"),
+    ("skip", "eager.py", 'return settings.nonfinite == "raise"', "return True",
+     "tests/test_nonfinite.py"),
+    ("skip of the first step", "eager.py",
+     "return all(optimizer.state.get(p) or p in stateless for p in grads.params)", "return True",
+     "tests/test_nonfinite.py"),
+    ("found_inf of the scaler", "eager.py", "found_inf=grads.found_inf", "found_inf=None",
+     "tests/test_amp.py tests/test_nonfinite.py"),
+    ("state of the wrapped", "optimizer.py", "return self.optimizer.state\n", "return {}\n",
+     "tests/test_wrapper.py tests/test_training.py"),
+    ("loading", "optimizer.py", "self.optimizer.load_state_dict(state_dict)", "pass",
+     "tests/test_training.py"),
+    ("pickled total norm and settings", "optimizer.py", 'self._settings = state["settings"]',
+     "self._settings = ClipSettings(1.0)", "tests/test_training.py"),
+    ("shared hooks", "optimizer.py", "self.__dict__[name] = value",
+     "self.__dict__[name] = type(value)()", "tests/test_wrapper.py"),
+    ("closure's grad mode", "optimizer.py", "with torch.enable_grad():", "with torch.no_grad():",
+     "tests/test_training.py"),
+]  # fmt: skip
+
+
+def survives(copy: Path, file: str, old: str, new: str, tests: str) -> bool:
+    path = copy / "compileclip" / file
+    text = path.read_text()
+    assert text.count(old) == 1, f"{file}: {text.count(old)} times {old!r}"
+    path.write_text(text.replace(old, new))
+    try:
+        # The copy comes before the installed checkout, which still lends its passes.
+        environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *tests.split()]
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+        assert done.returncode in (0, 1), done.stdout + done.stderr
+        return done.returncode == 0
+    finally:
+        path.write_text(text)
+
+
+def main() -> int:
+    """Run all mutants and print a line for each; return how many survived."""
+    survivors = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "checkout"
+        ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build")
+        shutil.copytree(ROOT, copy, ignore=ignored)
+        for what, file, old, new, tests in MUTANTS:
+            survived = survives(copy, file, old, new, tests)
+            survivors += survived
+            print(f"{'SURVIVED' if survived else 'caught  '}  {file}: {what}", flush=True)
+    print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} mutants caught")
+    return survivors
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""On a CUDA device: the same results, no synchronization, few kernels."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_same, assert_same_optimizer, params_like, set_grads
+from torch import Tensor, nn
+from torch.nn import utils
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+
+import compileclip
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = [(64, 33), (7,), (), (1000, 130), (5, 4, 3)]
+OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
+    "adamw": lambda p: AdamW(p, lr=0.01),
+    "adamw_fused": lambda p: AdamW(p, lr=0.01, fused=True),
+    "adam_capturable": lambda p: Adam(p, lr=0.01, capturable=True),
+    "adagrad_fused": lambda p: Adagrad(p, lr=0.01, fused=True),
+    "sgd_momentum": lambda p: SGD(p, lr=0.01, momentum=0.9),
+    "sgd_momentum_fused": lambda p: SGD(p, lr=0.01, momentum=0.9, fused=True),
+    "rmsprop_forloop": lambda p: RMSprop(p, lr=0.01, foreach=False),
+}
+
+
+def cuda_params(dtype: torch.dtype = torch.float32) -> list[Any]:
+    torch.manual_seed(0)
+    return [nn.Parameter(p.detach().cuda()) for p in params_like(SHAPES, dtype)]
+
+
+@pytest.mark.parametrize("norm_type", [0.5, 1.0, 2.0, 4.0, math.inf, -1.0, -math.inf, 0.0])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
+)
+def test_norm_is_that_of_the_cpu(dtype: torch.dtype, norm_type: float) -> None:
+    grads = [torch.randn(s, dtype=torch.complex128).to(dtype) for s in SHAPES]
+    on_cpu = compileclip.get_total_norm(grads, norm_type)
+    on_gpu = compileclip.get_total_norm([g.cuda() for g in grads], norm_type)
+    assert on_gpu.is_cuda
+    assert on_gpu.dtype == on_cpu.dtype
+    rel = 1e-13 if dtype == torch.float64 else 1.2e-7  # one unit in the last place of float32
+    assert on_gpu.item() == pytest.approx(on_cpu.item(), rel=rel)
+    again = compileclip.get_total_norm([g.cuda() for g in grads], norm_type)
+    assert torch.equal(on_gpu, again)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(torch.bfloat16, 1e38), (torch.float32, 1e38), (torch.float32, 1e-30), (torch.float64, 1e300)],
+)
+def test_no_overflow_and_no_underflow(dtype: torch.dtype, size: float) -> None:
+    grads = [torch.full((4,), size, dtype=dtype, device="cuda")]
+    expected = 2 * grads[0][0].double().item()
+    assert compileclip.get_total_norm(grads).item() == pytest.approx(expected, rel=1.2e-7)
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_scale_is_applied_in_float32_and_rounded_once(
+    dtype: torch.dtype, foreach: bool | None
+) -> None:
+    params = cuda_params(dtype)
+    set_grads(params, seed=1)
+    grads = [p.grad.clone() for p in params]
+    norm = compileclip.clip_grad_norm_(params, 0.3, foreach=foreach)
+    coef = torch.clamp(0.3 / (norm + 1e-6), max=1.0)
+    expected = [(g.float() * coef).to(dtype) for g in grads]
+    assert_same([p.grad for p in params], expected, "gradient")
+
+
+@pytest.mark.parametrize("write_grads", [None, True, False])
+@pytest.mark.parametrize("max_norm", [0.1, 1e4])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_wrapped_against_clip_and_step(
+    name: str, max_norm: float, write_grads: bool | None
+) -> None:
+    ours = compileclip.wrap(OPTIMIZERS[name](cuda_params()), max_norm, write_grads=write_grads)
+    theirs = OPTIMIZERS[name](cuda_params())
+    divides = name.endswith("fused") and write_grads is not False and max_norm < 1
+    for step in range(6):
+        for opt in (ours, theirs):
+            set_grads(opt.param_groups[0]["params"], step)
+        norm = compileclip.clip_grad_norm_(theirs.param_groups[0]["params"], max_norm)
+        ours.step()
+        theirs.step()
+        assert ours.total_norm is not None
+        assert torch.equal(ours.total_norm, norm)
+    if divides:  # by grad_scale, where clip_grad_norm_ multiplies
+        pairs = zip(ours.param_groups[0]["params"], theirs.param_groups[0]["params"], strict=True)
+        for a, b in pairs:
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    else:
+        assert_same_optimizer(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["adamw_fused", "adagrad_fused", "sgd_momentum_fused"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_skip_without_a_sync(name: str, bad: float) -> None:
+    opt = compileclip.wrap(OPTIMIZERS[name](cuda_params()), 0.1, nonfinite="skip")
+    params = opt.param_groups[0]["params"]
+    set_grads(params, 0)
+    opt.step()  # the first step makes the state, and may wait
+    before = copy.deepcopy(opt)
+    set_grads(params, 1)
+    params[1].grad[0] = bad
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        opt.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same_optimizer(opt, before)
+    assert opt.total_norm is not None
+    assert not opt.total_norm.isfinite()
+
+
+@pytest.mark.parametrize("write_grads", [None, True, False])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_no_synchronization_in_a_step(name: str, write_grads: bool | None) -> None:
+    opt = compileclip.wrap(OPTIMIZERS[name](cuda_params()), 0.1, write_grads=write_grads)
+    params = opt.param_groups[0]["params"]
+    for step in range(3):
+        set_grads(params, step)
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            opt.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_grad_scaler(fused: bool) -> None:
+    def run(wrapped: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 4)).cuda()
+        opt: Optimizer = AdamW(model.parameters(), lr=0.01, fused=fused)
+        opt = compileclip.wrap(opt, 0.5) if wrapped else opt
+        scaler = torch.amp.GradScaler("cuda", init_scale=2.0**12, growth_interval=2)
+        for step in range(8):
+            x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step)).cuda()
+            with torch.autocast("cuda", dtype=torch.float16):
+                loss = model(x).square().sum() * (math.inf if step == 3 else 1.0)
+            scaler.scale(loss).backward()
+            if not wrapped:
+                scaler.unscale_(opt)
+                compileclip.clip_grad_norm_(model.parameters(), 0.5)
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+        return [p.detach() for p in model.parameters()]
+
+    for a, b in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_norm_takes_few_kernels() -> None:
+    """At most two launches (casts) more than torch takes for the same tensors."""
+    grads = [torch.randn(32, 32, device="cuda") for _ in range(2000)]
+
+    def launches(norm: Callable[[], Tensor]) -> int:
+        norm()
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            norm()
+            torch.cuda.synchronize()
+        return sum(e.count for e in profile.key_averages() if "LaunchKernel" in e.key)
+
+    ours = launches(lambda: compileclip.get_total_norm(grads))
+    assert ours <= launches(lambda: utils.get_total_norm(grads)) + 2
