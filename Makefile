@@ -23,7 +23,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/ready
-	$(BIN)/mypy compileclip passes
+	$(BIN)/mypy compileclip passes bench
 
 pytest: $(VENV)/ready
 	$(BIN)/python -m pytest

@@ -20,9 +20,9 @@ HEAD_SIZE = 32
 class GPTConfig:
     """The sizes of a ``GPT``: ``width`` is a multiple of ``HEAD_SIZE``, ``block`` in tokens."""
 
-    layers: int = 8
+    layers: int = 9
     width: int = 128
-    block: int = 128
+    block: int = 64
 
 
 class Attention(nn.Module):
@@ -30,7 +30,9 @@ class Attention(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.qkv = nn.Linear(width, 3 * width)
+        # Without a bias: no softmax sees that of the keys, so its gradient would be rounding noise,
+        # which AdamW blows up to full steps.
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,9 +73,9 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.apply(_initialize)
         # As in GPT-2: 2 * layers terms add up in the residual stream, so each one starts smaller.
-        for block in self.blocks:
-            for out in (block.attention.out, block.mlp_out):
-                nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * config.layers))
+        for name, parameter in self.named_parameters():
+            if name.endswith("out.weight"):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.layers))
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Compute the mean cross-entropy of ``targets``; both are (batch, tokens) of int64."""
@@ -87,7 +89,7 @@ class GPT(nn.Module):
 def _initialize(module: nn.Module) -> None:
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
 
 

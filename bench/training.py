@@ -25,6 +25,7 @@ class Result:
     """
 
     name: str
+    seed: int
     losses: list[float]
     norms: list[float]
     step_times: list[float]
@@ -62,11 +63,12 @@ class Run:
         self.step_times.append(end - start)
         self.update_times.append(after - before)
 
-    def result(self, reference: GPT) -> Result:
-        """Read what was recorded, and compare the parameters with ``reference``."""
+    def result(self, seed: int, reference: GPT) -> Result:
+        """Read what was recorded, and compare the parameters with ``reference``'s."""
         pairs = zip(self.model.parameters(), reference.parameters(), strict=True)
         return Result(
             self.name,
+            seed,
             torch.stack(self.losses).tolist(),
             torch.stack(self.norms).tolist(),
             self.step_times,
@@ -100,7 +102,7 @@ def train(
             bar.update()
     reference = next(run.model for run in runs if run.name == REFERENCE)
     with torch.no_grad():
-        return [run.result(reference) for run in runs]
+        return [run.result(seed, reference) for run in runs]
 
 
 def _start(name: str, weights: GPT, recipe: Recipe, device: torch.device) -> Run:
