@@ -5,6 +5,7 @@
 >>> opt.total_norm  # on the device; reading it is the only synchronization
 """
 
+from compileclip.fallback import FallbackWarning
 from compileclip.functional import (
     clip_grad_norm_,
     clip_grad_value_,
@@ -12,12 +13,15 @@ from compileclip.functional import (
     get_total_norm,
 )
 from compileclip.optimizer import ClippedOptimizer, wrap
+from compileclip.training_step import compile
 
 __all__ = [
     "ClippedOptimizer",
+    "FallbackWarning",
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "compile",
     "get_total_norm",
     "wrap",
 ]

@@ -75,7 +75,7 @@ def update(optimizer: Optimizer, settings: ClipSettings, grads: Gradients, norm:
     Raises:
         RuntimeError: ``nonfinite="raise"`` and the norm is not finite; nothing was changed.
     """
-    if not _may_step(optimizer, settings, grads, norm):
+    if not may_step(optimizer, settings, grads, norm):
         return
     coef = None if settings.max_norm is None else reference.clip_coef(settings.max_norm, norm)
     amp = None if grads.grad_scale is None else grads.grad_scale.to(norm.device)
@@ -101,7 +101,7 @@ def is_torchs_own(optimizer: Optimizer) -> bool:
     return type(optimizer).step.__module__.startswith("torch.optim.")
 
 
-def _may_step(optimizer: Optimizer, settings: ClipSettings, grads: Gradients, norm: Tensor) -> bool:
+def may_step(optimizer: Optimizer, settings: ClipSettings, grads: Gradients, norm: Tensor) -> bool:
     """Decide what a non-finite norm means; on the device where the optimizer can.
 
     Elsewhere "skip" waits for the norm: an optimizer that counts its steps on the host cannot be
@@ -175,7 +175,8 @@ def _attributes(optimizer: Optimizer, **tensors: Tensor | None) -> Iterator[None
             delattr(optimizer, name)
 
 
-def _scale_in_place(params: Sequence[Tensor], factor: Tensor) -> None:
+def make_writable(params: Sequence[Tensor]) -> None:
+    """Replace gradients that cannot be written in place, such as expanded ones, by copies."""
     for p in params:
         grad = p.grad
         assert grad is not None
@@ -183,6 +184,10 @@ def _scale_in_place(params: Sequence[Tensor], factor: Tensor) -> None:
         # it has scaled those before it.
         if _is_plain(grad) and torch._debug_has_internal_overlap(grad) == 1:
             p.grad = grad.contiguous()
+
+
+def _scale_in_place(params: Sequence[Tensor], factor: Tensor) -> None:
+    make_writable(params)
     distinct = {id(p.grad): p.grad for p in params if p.grad is not None}
     reference.scale_([local(g) for g in distinct.values()], factor)
 

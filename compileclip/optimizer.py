@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ from torch.optim import Optimizer
 
 from compileclip import eager
 from compileclip.settings import ClipSettings
+from compileclip.traced import StandIn, stand_in, traced_step
+
+if TYPE_CHECKING:
+    from compileclip.inductor import CompiledStep
 
 
 def wrap(
@@ -74,22 +78,17 @@ class ClippedOptimizer(Optimizer):
 
     Attributes:
         optimizer: the wrapped optimizer.
-        total_norm: the norm of the last step's gradients before clipping, a 0-dim tensor on the
-            device, float32 or float64; ``None`` before the first step. With a ``GradScaler`` it is
-            the norm of the unscaled gradients.
     """
 
     optimizer: Optimizer
-    total_norm: Tensor | None
+    _stand_in: StandIn
     _settings: ClipSettings
+    _compiled: CompiledStep | None
 
     def __init__(self, optimizer: Optimizer, settings: ClipSettings) -> None:
         _check_optimizer(optimizer)
         self.__setstate__({"optimizer": optimizer, "settings": settings, "total_norm": None})
 
-    # Traced, the attributes that a step sets would come back to the caller as they were before.
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take the total norm of all gradients, clip, and update.
 
@@ -103,6 +102,14 @@ class ClippedOptimizer(Optimizer):
             RuntimeError: a gradient lies on another device than its parameter, or the norm is not
                 finite and ``nonfinite="raise"``. Nothing was changed.
         """
+        if torch.compiler.is_compiling() and self._is_traceable and closure is None:
+            self.total_norm = traced_step(self._stand_in, self._settings)
+            return None
+        return self._eager_step(closure)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @torch.no_grad()
+    def _eager_step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -110,11 +117,54 @@ class ClippedOptimizer(Optimizer):
         # A GradScaler leaves these on an optimizer that unscales by itself.
         scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
         grads = eager.Gradients(eager.params_with_grad(self.optimizer), scale, found_inf)
-        self.total_norm = grads.total_norm(self.norm_type)
-        eager.update(self.optimizer, self._settings, grads, self.total_norm)
+        if not self._compiled_update(grads):
+            self.total_norm = grads.total_norm(self.norm_type)
+            eager.update(self.optimizer, self._settings, grads, self.total_norm)
         # A scheduler made before wrapping watches the wrapped optimizer's step through this.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         return loss
+
+    @property
+    def total_norm(self) -> Tensor | None:
+        """The norm of the last step's gradients before clipping, or None before the first step.
+
+        A 0-dim tensor on the device, float32 or float64. With a ``GradScaler`` it is the norm of
+        the unscaled gradients.
+        """
+        return self._stand_in.total_norm
+
+    @total_norm.setter
+    def total_norm(self, value: Tensor | None) -> None:
+        # Dynamo loses what is set on an optimizer, but not on another object.
+        self._stand_in.total_norm = value
+
+    @property
+    def _opt_called(self) -> bool:
+        return self.total_norm is not None
+
+    @property
+    def _is_traceable(self) -> bool:
+        """Whether a step decides nothing on the host, and no GradScaler takes part."""
+        return self.nonfinite == "propagate" and "found_inf" not in self.__dict__
+
+    def _compiled_update(self, grads: eager.Gradients) -> bool:
+        """Clip and update in one graph; False where that cannot be and nothing has changed."""
+        if self.mode != "inductor" or not grads.params:
+            return False
+        if self._compiled is None:
+            from compileclip.inductor import CompiledStep  # it loads the compiler
+
+            self._compiled = CompiledStep(self.optimizer)
+        norm = None
+        if self.nonfinite != "propagate":
+            norm = self.total_norm = grads.total_norm(self.norm_type)
+            if not eager.may_step(self.optimizer, self._settings, grads, norm):
+                return True
+        if self.write_grads is True:
+            eager.make_writable(grads.params)
+        norm = self._compiled.run(self._settings, grads.params, norm)
+        self.total_norm = self.total_norm if norm is None else norm
+        return norm is not None
 
     @property
     def max_norm(self) -> float | None:
@@ -183,7 +233,7 @@ class ClippedOptimizer(Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         # Asked by GradScaler: True leaves unscaling to the step, and spares a pass.
-        return eager.takes_grad_scale(self.optimizer)
+        return self.mode != "inductor" and eager.takes_grad_scale(self.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's ``state_dict()``; clipping has no state of its own."""
@@ -199,7 +249,13 @@ class ClippedOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the wrapped optimizer does."""
-        self.optimizer.zero_grad(set_to_none)
+        if torch.compiler.is_compiling() and set_to_none:
+            self._stand_in.mend()
+            for group in self.optimizer.param_groups:
+                for p in group["params"]:
+                    p.grad = None
+        else:
+            self.optimizer.zero_grad(set_to_none)
 
     def __getattr__(self, name: str) -> Any:
         if "optimizer" not in self.__dict__:  # while it is being unpickled
@@ -220,11 +276,18 @@ class ClippedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.optimizer = state["optimizer"]
         self._settings = state["settings"]
+        self._compiled = None
+        self._stand_in = stand_in(self.optimizer)
         self.total_norm = state["total_norm"]
         for name, value in vars(self.optimizer).items():
             if name.startswith("_optimizer_") and name.endswith("_hooks"):
                 self.__dict__[name] = value
         self._patch_step_function()
+
+
+# A scheduler replaces an optimizer's step by one that sets _opt_called, and that Dynamo does not
+# trace. This one says by itself whether it was called, so a scheduler may leave it in place.
+ClippedOptimizer.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
 
 def _check_optimizer(optimizer: object) -> None:

@@ -19,13 +19,13 @@ from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 # Pieces of this many elements keep that copy small, and in the cache.
 _PIECE = 1 << 16
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 
 def norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """The dtype of the total norm: the real dtype that ``tensors`` promote to, float32 or wider."""
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors)).to_real()
-    return torch.float32 if dtype in _HALF else dtype
+    return torch.float32 if dtype in HALF else dtype
 
 
 def values(tensor: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def scale_(tensors: Sequence[Tensor], scale: Tensor, foreach: bool = True) -> No
     if torch.compiler.is_compiling():
         # A graph wants no opaque operator here, but pointwise ones that fuse.
         for t in dense:
-            t.copy_(t.float() * scale) if t.dtype in _HALF else t.mul_(scale)
+            t.copy_(t.float() * scale) if t.dtype in HALF else t.mul_(scale)
         return
     if not dense:
         return
@@ -96,7 +96,7 @@ def scale_(tensors: Sequence[Tensor], scale: Tensor, foreach: bool = True) -> No
     group: list[Tensor]
     for (device, dtype), ((group,), _) in grouped:  # type: ignore[assignment]
         factor = scale.to(device)
-        if dtype in _HALF:
+        if dtype in HALF:
             factor = factor.to(torch.float32)
             unused = torch.zeros_like(factor)
             torch._amp_foreach_non_finite_check_and_unscale_(group, unused, factor)

@@ -37,10 +37,10 @@ class ClipSettings:
             raise ValueError(f"write_grads={self.write_grads!r}; choose from None, True, False")
         if self.mode not in MODES:
             raise ValueError(f"mode={self.mode!r} is unknown; choose from {MODES}")
-        if self.mode in ("inductor", "multi_tensor"):
+        if self.mode == "multi_tensor":
             raise NotImplementedError(
-                f'mode={self.mode!r} does not exist in this version; use mode="eager", or '
-                'mode="auto", which takes the fastest mode there is'
+                'mode="multi_tensor" does not exist in this version; use mode="eager", '
+                'mode="inductor", or mode="auto", which is eager so far'
             )
 
 

@@ -1,4 +1,21 @@
 """FX passes over step graphs, imported as ``compileclip.passes``.
 
-Each pass is one file. This version has none yet: the wrapper runs in eager mode.
+Each pass is one file. ``default_passes`` is the order of those that Inductor runs on ATen graphs;
+``insert_norm_and_scale`` runs earlier, on the graph of a captured step.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.fx import Graph
+
+from compileclip.passes.fuse_stock_clip import FuseStockClip
+
+
+def default_passes() -> tuple[Callable[[Graph], int], ...]:
+    """The passes in the order that they run: each rewrites a graph and returns how often."""
+    return (
+        FuseStockClip(),
+        # Passes that want the norm as one operator come after this line.
+    )

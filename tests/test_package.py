@@ -7,9 +7,8 @@ import sys
 import zipfile
 from pathlib import Path
 
-import compileclip.passes
-
 import compileclip
+import compileclip.passes
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,6 +59,8 @@ def test_import_loads_no_compiler() -> None:
 def test_public_names() -> None:
     assert set(compileclip.__all__) == {
         "ClippedOptimizer",
+        "FallbackWarning",
+        "compile",
         "clip_grad_norm_",
         "clip_grad_value_",
         "clip_grads_with_norm_",

@@ -1,0 +1,150 @@
+"""Mode ``inductor``: the optimizer's own step, captured by Dynamo and compiled by Inductor.
+
+Dynamo traces the step as it is (any optimizer that it can trace, pointwise or not); the pass
+``insert_norm_and_scale`` puts the norm and the scale before the update; Inductor generates the
+kernels. Private parts of torch used here, read in torch 2.11 to 2.13: ``Optimizer.step``'s
+wrappers, ``meta["grapharg"]`` of Dynamo's placeholders.
+"""
+
+from __future__ import annotations
+
+import os
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.optim import Optimizer
+
+from compileclip import traced
+from compileclip.fallback import warn_fallback
+from compileclip.functional import is_sharded
+from compileclip.ops import NotRewrittenError
+from compileclip.settings import ClipSettings
+from compileclip.traced import CannotCompileError, as_refusal
+
+
+class CompiledStep:
+    """The compiled step of one optimizer.
+
+    Attributes:
+        compilations: how often the step was compiled.
+        refusal: why it is not compiled (any more), or None.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.compilations = 0
+        self.refusal: CannotCompileError | None = None
+        self._optimizer = optimizer
+        self._params: Sequence[Tensor] = ()
+        self._max_norm = torch.zeros((), dtype=torch.float64)
+        self._compiled: dict[Any, Callable[..., Tensor]] = {}
+
+    def run(
+        self, settings: ClipSettings, params: Sequence[Tensor], norm: Tensor | None
+    ) -> Tensor | None:
+        """Clip and step, all in one graph.
+
+        Args:
+            settings: how to clip.
+            params: the parameters that have a gradient, in the order of the norm; not empty.
+            norm: the total norm if it was taken already, or None.
+
+        Returns:
+            The total norm; or None where the step could not be compiled, and nothing has changed.
+        """
+        if self.refusal is not None or os.environ.get("COMPILECLIP_DISABLE") == "1":
+            return None
+        self._params = params
+        try:
+            self._check(params)
+            if settings.max_norm is not None:
+                self._max_norm.fill_(settings.max_norm)
+            return self._function(settings)(self._max_norm, norm)
+        except CannotCompileError as refusal:
+            self.refusal = refusal
+        except NotRewrittenError:
+            # set_stance("force_eager") and the like, which may end again: no lasting refusal.
+            warn_fallback(
+                'mode="inductor"',
+                "torch.compile ran the step without compiling it (torch.compiler.set_stance?)",
+                "let torch.compile compile, or take mode='eager'",
+            )
+            return None
+        except traced.compiler_errors() as error:
+            self.refusal = as_refusal(error)
+        finally:
+            self._params = ()
+        warn_fallback('mode="inductor"', self.refusal.cause, self.refusal.remedy)
+        return None
+
+    def _check(self, params: Sequence[Tensor]) -> None:
+        if any(is_sharded(p) for p in params):
+            raise CannotCompileError("a parameter is a DTensor", "use mode='eager'")
+        if any(p.grad is not None and p.grad.layout != torch.strided for p in params):
+            raise CannotCompileError("a gradient is sparse", "use mode='eager'")
+        if any(group.get("fused") for group in self._optimizer.param_groups):
+            raise CannotCompileError(
+                "fused=True makes the update one kernel of torch's own",
+                "make the optimizer without fused=True, or take mode='eager'",
+            )
+
+    def _function(self, settings: ClipSettings) -> Callable[..., Tensor]:
+        from compileclip.passes.insert_norm_and_scale import InsertNormAndScale
+
+        insert = InsertNormAndScale(
+            settings.norm_type, settings.max_norm is not None, settings.write_grads is True
+        )
+        if insert not in self._compiled:
+            # Made while Dynamo traces, state would send it another way when it traces anew.
+            traced.initialize_state(self._optimizer)
+            self._compiled[insert] = torch.compile(
+                _capture(self._optimizer),
+                backend=lambda graph, inputs: self._compile(insert, graph, inputs),
+                fullgraph=True,
+            )
+        return self._compiled[insert]
+
+    def _compile(self, insert: Any, module: GraphModule, inputs: list[Tensor]) -> Any:
+        """The backend: what Dynamo calls with the captured graph."""
+        from compileclip.backend import compileclip as compile_graph
+
+        insert(module.graph, _gradient_nodes(module, self._params))
+        module.recompile()
+        compiled = compile_graph(module, inputs)
+        self.compilations += 1  # Dynamo may stop it in order to trace anew: that is not another one
+        return compiled
+
+
+def _capture(optimizer: Optimizer) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """A function that Dynamo can trace: the norm's place, then the optimizer's raw step."""
+    raw_step = traced.raw_step(optimizer)
+
+    def step(max_norm: Tensor, norm: Tensor | None) -> Tensor:
+        total_norm: Tensor = torch.ops.compileclip.step_norm(max_norm, norm)
+        raw_step(optimizer)
+        return total_norm
+
+    # Dynamo counts recompilations by code object, which all closures of a function share.
+    code = step.__code__.replace(co_name=f"step_of_{type(optimizer).__name__}")
+    return types.FunctionType(code, step.__globals__, code.co_name, None, step.__closure__)
+
+
+def _gradient_nodes(module: GraphModule, params: Sequence[Tensor]) -> list[Node]:
+    """The placeholder of each parameter's gradient, in the order of ``params``."""
+    nodes: dict[int, Node] = {}
+    for node in module.graph.nodes:
+        argument = node.meta.get("grapharg") if node.op == "placeholder" else None
+        if argument is not None:
+            nodes[id(argument.example)] = node
+    found = [nodes.get(id(p.grad)) for p in params]
+    missing = [tuple(p.shape) for p, node in zip(params, found, strict=True) if node is None]
+    if missing:
+        raise CannotCompileError(
+            f"the step does not read the gradients of {len(missing)} parameters, the first of "
+            f"shape {missing[0]}, so they are no part of its graph",
+            "take mode='eager'",
+        )
+    return [node for node in found if node is not None]
