@@ -18,6 +18,8 @@ _HEADERS = ("group", "device", "dtype", "tensors", "elements", "mode", "update",
 # How often a gradient is read or written besides its read in the norm and its read in the update.
 _EXTRA_GRADIENT_PASSES = {
     "none": 0,
+    "inside the update": 0,
+    "inside the update, written back": 1,
     "in the fused kernel, written back": 1,
     "in place": 2,
     "on copies, piece by piece": 4,
@@ -25,28 +27,35 @@ _EXTRA_GRADIENT_PASSES = {
 }
 
 
-def explain(optimizer: Optimizer, settings: ClipSettings) -> str:
+def explain(optimizer: Optimizer, settings: ClipSettings, refusal: str | None) -> str:
     """Describe, bucket by bucket, what a step of ``optimizer`` under ``settings`` does.
 
     A bucket holds the parameters of one group that share device and dtype.
+
+    Args:
+        optimizer: the wrapped optimizer.
+        settings: how it clips.
+        refusal: why ``mode="inductor"`` does not compile the step; None if it does.
 
     Returns:
         A table. ``bytes`` counts what must be read and written per element: gradients for the
         norm, the scale and the update, parameters and state for the update. An update that is not
         fused moves more, for its intermediate results.
     """
+    compiled = settings.mode == "inductor" and refusal is None
+    mode = "inductor" if compiled else "eager"
     rows = []
     for index, group in enumerate(optimizer.param_groups):
         buckets: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
         for p in group["params"]:
             buckets[p.device, p.dtype].append(p)
-        update = _update(group)
+        update = "compiled" if compiled else _update(group)
         for (device, dtype), params in buckets.items():
-            scale = _scale(optimizer, settings, dtype)
+            scale = _scale(optimizer, settings, dtype, compiled)
             elements = sum(p.numel() for p in params)
             moved = _bytes_per_element(optimizer, params, scale)
-            counted = f"{moved}" if update == "fused" else f">= {moved}"
-            row = (index, device, dtype, len(params), elements, "eager", update, scale, counted)
+            counted = f"{moved}" if update in ("fused", "compiled") else f">= {moved}"
+            row = (index, device, dtype, len(params), elements, mode, update, scale, counted)
             rows.append(row)
     clip = (
         "measured, not clipped" if settings.max_norm is None else f"clipped to {settings.max_norm}"
@@ -57,8 +66,11 @@ def explain(optimizer: Optimizer, settings: ClipSettings) -> str:
         tabulate(rows, headers=_HEADERS),
         "bytes: read and written per element"
         + ("" if optimizer.state else "; the state is counted after the first step"),
-        'why eager: this version has no other mode (mode="auto" takes a faster one once there is)',
     ]
+    if refusal is not None:
+        lines.append(f"why eager: {refusal}")
+    elif not compiled:
+        lines.append('why eager: mode="auto" is eager so far; mode="inductor" compiles the step')
     if settings.nonfinite == "raise":
         lines.append('nonfinite="raise": each step waits for the norm')
     elif settings.nonfinite == "skip" and not eager.takes_grad_scale(optimizer):
@@ -82,9 +94,11 @@ def _on_gpu(group: dict[str, Any]) -> bool:
     return "foreach" in group and any(p.is_cuda for p in group["params"])
 
 
-def _scale(optimizer: Optimizer, settings: ClipSettings, dtype: torch.dtype) -> str:
+def _scale(optimizer: Optimizer, settings: ClipSettings, dtype: torch.dtype, compiled: bool) -> str:
     if settings.max_norm is None:
         return "none"
+    if compiled:
+        return "inside the update" + (", written back" if settings.write_grads else "")
     if settings.write_grads is False:
         pieces = eager.is_torchs_own(optimizer)
         return "on copies, piece by piece" if pieces else "on copies, all at once"

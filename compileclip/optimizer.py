@@ -53,7 +53,9 @@ def wrap(
             one gradient) at a time for torch's optimizers, and all gradients at once for another
             class, whose step must not be split. ``None``: whichever is cheaper, so do not read
             ``p.grad`` after the step.
-        mode: ``"eager"``, or ``"auto"``, which takes the fastest mode there is: so far, eager.
+        mode: ``"eager"``; ``"inductor"``, which compiles the optimizer's own step with norm and
+            scale fused into the update, and goes eager with one ``FallbackWarning`` where that
+            cannot be; or ``"auto"``, which is eager so far.
 
     Returns:
         A ``ClippedOptimizer``.
@@ -199,7 +201,9 @@ class ClippedOptimizer(Optimizer):
         """A table of what a step does: per bucket its mode, size, scaling and bytes moved."""
         from compileclip.explain import explain  # tabulate is not needed for training
 
-        return explain(self.optimizer, self._settings)
+        refusal = self._compiled.refusal if self._compiled is not None else None
+        cause = None if refusal is None else refusal.cause
+        return explain(self.optimizer, self._settings, cause)
 
     # What belongs to the wrapped optimizer.
 

@@ -1,7 +1,8 @@
 """FX passes over step graphs, imported as ``compileclip.passes``.
 
-Each pass is one file. ``default_passes`` is the order of those that Inductor runs on ATen graphs;
-``insert_norm_and_scale`` runs earlier, on the graph of a captured step.
+Each pass is one file. ``default_passes`` is the order of those that Inductor runs on ATen graphs.
+Two run earlier, on the graph that Dynamo captured: ``insert_norm_and_scale`` on that of a step,
+then ``lift_scalars`` on any.
 """
 
 from __future__ import annotations

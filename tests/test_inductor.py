@@ -286,6 +286,7 @@ def test_falls_back_to_eager_with_one_warning(make: Any, prepare: Any, cause: st
                     prepare(o)
                 o.step()
     assert_one_fallback(caught, cause)
+    assert f"why eager: {opt._compiled.refusal.cause}" in opt.explain()
     assert_same_optimizer(opt, twin)
     assert torch.equal(opt.total_norm, twin.total_norm)
 

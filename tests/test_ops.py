@@ -77,28 +77,3 @@ def test_clip_grad_norm_compiles_without_a_graph_break(dtype: torch.dtype, backe
     assert len(graphs) == 1
     called = [n.target for n in graphs[0].graph.nodes if n.op == "call_function"]
     assert called.count(torch.ops.compileclip.total_norm) == 1
-
-
-def test_wrapped_step_inside_a_compiled_function() -> None:
-    """The step itself is not compiled in this version; it must be right all the same."""
-
-    def train(model: Any, opt: Any) -> list[Tensor]:
-        norms = []
-        for step in range(5):
-            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
-            model(x).square().sum().backward()
-            opt.step()
-            opt.zero_grad()
-            norms.append(opt.total_norm)
-        return norms
-
-    def fresh() -> Any:
-        torch.manual_seed(1)
-        model = torch.nn.Linear(4, 3)
-        return model, compileclip.wrap(torch.optim.AdamW(model.parameters(), lr=0.1), 0.5)
-
-    torch._dynamo.reset()
-    (a, opt_a), (b, opt_b) = fresh(), fresh()
-    norms = torch.compile(train, backend="eager")(a, opt_a)
-    assert_same(norms, train(b, opt_b), "norm")
-    assert_same(a.parameters(), b.parameters(), "parameter")
