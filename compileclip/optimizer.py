@@ -146,8 +146,9 @@ class ClippedOptimizer(Optimizer):
 
     @property
     def _is_traceable(self) -> bool:
-        """Whether a step decides nothing on the host, and no GradScaler takes part."""
-        return self.nonfinite == "propagate" and "found_inf" not in self.__dict__
+        """Whether a step decides nothing on the host, has no GradScaler and no sharded norm."""
+        on_device = self.nonfinite == "propagate" and "found_inf" not in self.__dict__
+        return on_device and not self._stand_in.holds_shards()
 
     def _compiled_update(self, grads: eager.Gradients) -> bool:
         """Clip and update in one graph; False where that cannot be and nothing has changed."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from compileclip import ops, reference
+from compileclip.functional import is_sharded
 from compileclip.settings import ClipSettings
 
 
@@ -67,10 +68,12 @@ class StandIn:
         total_norm: what the last step measured.
         prepare: makes missing state, when Dynamo traces a call of it.
         mend: ``mend_dynamo``, likewise.
+        holds_shards: whether a parameter is a ``DTensor``, likewise.
     """
 
     prepare: Callable[[], int]
     mend: Callable[[], int]
+    holds_shards: Callable[[], bool]
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -106,6 +109,9 @@ def stand_in(optimizer: Optimizer) -> Any:
     # Constants to Dynamo, which so runs them for real while it traces.
     made.prepare = torch._dynamo.assume_constant_result(lambda: initialize_state(optimizer))
     made.mend = torch._dynamo.assume_constant_result(mend_dynamo)
+    made.holds_shards = torch._dynamo.assume_constant_result(
+        lambda: any(is_sharded(p) for group in optimizer.param_groups for p in group["params"])
+    )
     return made
 
 

@@ -89,12 +89,35 @@ def check_fsdp2(rank: int, write_grads: bool | None, fused: bool) -> None:
         torch.testing.assert_close(a.full_tensor(), b.detach(), rtol=1e-4, atol=1e-5)
 
 
+def check_compiled(rank: int) -> None:
+    """Inside a compiled function, the step of sharded parameters runs outside the graph."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, twin = mlp(), mlp()
+    fully_shard(model)
+    fully_shard(twin)
+    opt, eager = (
+        compileclip.wrap(torch.optim.AdamW(m.parameters(), lr=0.1), 0.5) for m in (model, twin)
+    )
+    compiled = torch.compile(opt.step, backend="eager")
+    for step in range(2):
+        for m, run in ((model, compiled), (twin, eager.step)):
+            m(batch(rank, step)).square().sum().backward()
+            run()
+            m.zero_grad()
+        assert opt.total_norm is not None
+        torch.testing.assert_close(opt.total_norm, eager.total_norm)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.full_tensor(), b.full_tensor())
+
+
 def work(rank: int, port: int) -> None:
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=WORLD)
     try:
         check_functions()
+        check_compiled(rank)
         for write_grads in (None, True, False):
             for fused in (False, True):
                 check_fsdp2(rank, write_grads, fused)

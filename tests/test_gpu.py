@@ -173,3 +173,46 @@ def test_norm_takes_few_kernels() -> None:
 
     ours = launches(lambda: compileclip.get_total_norm(grads))
     assert ours <= launches(lambda: utils.get_total_norm(grads)) + 2
+
+
+@pytest.mark.parametrize("foreach", [None, False])
+def test_inductor_against_eager(foreach: bool | None) -> None:
+    ours, theirs = (
+        compileclip.wrap(AdamW(cuda_params(), lr=0.01, foreach=foreach), 0.1, mode=mode)
+        for mode in ("inductor", "eager")
+    )
+    for step in range(8):
+        for opt in (ours, theirs):
+            set_grads(opt.param_groups[0]["params"], step)
+            opt.max_norm = 0.1 if step % 2 else 1e4
+            opt.step()
+        assert ours.total_norm is not None
+        assert torch.equal(ours.total_norm, theirs.total_norm)
+    pairs = zip(ours.param_groups[0]["params"], theirs.param_groups[0]["params"], strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_whole_training_step_against_eager() -> None:
+    def run(compiled: bool) -> tuple[list[Tensor], Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 4)).cuda()
+        opt = compileclip.wrap(AdamW(model.parameters(), lr=0.01), 0.5)
+
+        def train_step(x: Tensor) -> Tensor:
+            loss = model(x).square().sum()
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+            return loss.detach()
+
+        step = compileclip.compile(train_step) if compiled else train_step
+        for i in range(6):
+            step(torch.randn(8, 16, generator=torch.Generator().manual_seed(i)).cuda())
+            opt.param_groups[0]["lr"] *= 0.9
+        assert opt.total_norm is not None
+        return [p.detach() for p in model.parameters()], opt.total_norm
+
+    (a, norm_a), (b, norm_b) = run(True), run(False)
+    torch.testing.assert_close(norm_a, norm_b, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
