@@ -152,7 +152,8 @@ class ClippedOptimizer(Optimizer):
 
     def _compiled_update(self, grads: eager.Gradients) -> bool:
         """Clip and update in one graph; False where that cannot be and nothing has changed."""
-        if self.mode != "inductor" or not grads.params:
+        scaled = grads.grad_scale is not None or grads.found_inf is not None
+        if self.mode != "inductor" or not grads.params or scaled:
             return False
         if self._compiled is None:
             from compileclip.inductor import CompiledStep  # it loads the compiler

@@ -86,3 +86,12 @@ def test_raise_leaves_overflows_to_the_scaler_but_not_bad_gradients() -> None:
     next(run.model.parameters()).grad.fill_(math.nan)
     with pytest.raises(RuntimeError, match="non-finite"):
         run.optimizer.step()
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_grad_scaler_with_a_compiled_step(unscale: bool) -> None:
+    """The scaler unscales by itself, so the step that is compiled sees true gradients."""
+    ours, theirs = Run(True, mode="inductor"), Run(False)
+    assert train(ours, unscale) == train(theirs, unscale)
+    for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
