@@ -291,6 +291,20 @@ def test_falls_back_to_eager_with_one_warning(make: Any, prepare: Any, cause: st
     assert torch.equal(opt.total_norm, twin.total_norm)
 
 
+def test_no_compiler_falls_back_to_eager() -> None:
+    from torch._inductor import config
+
+    opt, twin = wrapped(), compileclip.wrap(wrapped().optimizer, 1.0)
+    no_compiler = {"cpp.cxx": ("/no/such/compiler",), "force_disable_caches": True}
+    with config.patch(no_compiler), warnings.catch_warnings(record=True) as caught:
+        for step in range(3):
+            for o in (opt, twin):
+                set_grads(all_params(o), step, scale=3)
+                o.step()
+    assert_one_fallback(caught, "compiler")
+    assert_same_optimizer(opt, twin)
+
+
 @pytest.mark.parametrize("how", ["stance", "environment"])
 def test_compiling_switched_off(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     opt, twin = wrapped(), wrapped()
