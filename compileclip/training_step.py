@@ -46,17 +46,22 @@ def compile(train_step: F, **kwargs: Any) -> F:
         if os.environ.get("COMPILECLIP_DISABLE") == "1":
             return train_step(*args, **kwargs)
         mend_dynamo()
+        # Off by default in torch 2.11 to 2.13, trace_autograd_ops lets backward() into the graph.
+        config = torch._dynamo.config
+        if chosen is broken:
+            # By the time that a later graph fails to compile, backward() may have run: that part
+            # then runs in eager mode, and nothing runs twice.
+            with config.patch(trace_autograd_ops=True, suppress_errors=True):
+                return broken(*args, **kwargs)
         try:
-            # Off by default in torch 2.11 to 2.13, it lets backward() into the graph.
-            with torch._dynamo.config.patch(trace_autograd_ops=True):
+            with config.patch(trace_autograd_ops=True):
                 return chosen(*args, **kwargs)
         except compiler_errors() as error:
-            # It was raised while tracing or compiling, so nothing has run yet.
+            # Of one graph it was raised while tracing or compiling, so nothing has run yet.
             if demanded:
                 raise
             refusal = as_refusal(error)
-            unsupported = isinstance(error, torch._dynamo.exc.Unsupported)
-            if chosen is one_graph and unsupported:
+            if isinstance(error, torch._dynamo.exc.Unsupported):
                 chosen = broken
                 warn_fallback("one graph", refusal.cause, refusal.remedy, to="graph breaks")
             else:

@@ -231,6 +231,25 @@ def test_betas_and_momentum_that_change_at_every_step(name: str) -> None:
     assert_close_runs(ours, theirs)
 
 
+def test_a_later_graph_that_fails_to_compile_does_not_run_the_step_twice() -> None:
+    ours, theirs = (Training(OPTIMIZERS["AdamW"], nonfinite="skip") for _ in range(2))
+
+    def with_sine(run: Training) -> Callable[[Tensor], Tensor]:
+        return lambda x: run.step(x).sin()
+
+    def backend(module: Any, inputs: Any) -> Any:
+        if any("sin" in str(node.target) for node in module.graph.nodes):
+            raise RuntimeError("no sines")
+        return module.forward
+
+    compiled = compileclip.compile(with_sine(ours), backend=backend)
+    for i in range(4):
+        ours.run(compiled, i)
+        theirs.run(with_sine(theirs), i)
+    assert_close_runs(ours, theirs)
+    assert [s["step"].item() for s in ours.optimizer.state.values()] == [4.0, 4.0]
+
+
 def test_demanded_full_graph_is_an_error_where_there_is_none() -> None:
     training = Training(OPTIMIZERS["AdamW"], nonfinite="raise")
     step = compileclip.compile(training.step, backend=counting([]), fullgraph=True)
