@@ -43,7 +43,7 @@ def compile(train_step: F, **kwargs: Any) -> F:
     @functools.wraps(train_step)
     def step(*args: Any, **kwargs: Any) -> Any:
         nonlocal chosen
-        if os.environ.get("COMPILECLIP_DISABLE") == "1":
+        if chosen is train_step or os.environ.get("COMPILECLIP_DISABLE") == "1":
             return train_step(*args, **kwargs)
         mend_dynamo()
         # Off by default in torch 2.11 to 2.13, trace_autograd_ops lets backward() into the graph.
@@ -55,7 +55,7 @@ def compile(train_step: F, **kwargs: Any) -> F:
                 return broken(*args, **kwargs)
         try:
             with config.patch(trace_autograd_ops=True):
-                return chosen(*args, **kwargs)
+                return one_graph(*args, **kwargs)
         except compiler_errors() as error:
             # Of one graph it was raised while tracing or compiling, so nothing has run yet.
             if demanded:

@@ -250,6 +250,29 @@ def test_a_later_graph_that_fails_to_compile_does_not_run_the_step_twice() -> No
     assert [s["step"].item() for s in ours.optimizer.state.values()] == [4.0, 4.0]
 
 
+def test_what_cannot_be_compiled_at_all_runs_in_eager_mode() -> None:
+    ours, theirs = (Training(OPTIMIZERS["AdamW"]) for _ in range(2))
+
+    def backend(module: Any, inputs: Any) -> Any:
+        raise RuntimeError("no backend today")
+
+    step = compileclip.compile(ours.step, backend=backend)
+    with warnings.catch_warnings(record=True) as caught:
+        for i in range(3):
+            ours.run(step, i)
+            theirs.run(theirs.step, i)
+    messages = [str(w.message) for w in caught if w.category is FallbackWarning]
+    assert len(messages) == 1
+    assert "no backend today" in messages[0]
+    assert_close_runs(ours, theirs)
+    # An error that the eager step itself meets in what else it compiled is the user's to see.
+    ours.optimizer.register_step_pre_hook(
+        torch.compile(lambda *_: torch.ones(1) + 1, backend=backend)
+    )
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed):
+        step(torch.zeros(3, 4))
+
+
 def test_demanded_full_graph_is_an_error_where_there_is_none() -> None:
     training = Training(OPTIMIZERS["AdamW"], nonfinite="raise")
     step = compileclip.compile(training.step, backend=counting([]), fullgraph=True)
