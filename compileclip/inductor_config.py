@@ -22,6 +22,11 @@ from compileclip.fallback import warn_fallback
 
 SLOT = "post_grad_custom_pre_pass"
 
+# How many arguments a foreach kernel may have; an update of AdamW counts 15 per parameter. CUDA
+# takes 4 KiB of them, 512 pointers, of which triton adds two.
+MAX_ARGUMENTS = "combo_kernel_max_num_args"
+ARGUMENTS = 500
+
 # Its subclasses are told whether the graph is for inference; a user's pass may ask for that.
 _Base: Any = getattr(
     custom_graph_pass, "CustomInferenceAwareGraphPass", custom_graph_pass.CustomGraphPass
@@ -31,7 +36,7 @@ _Base: Any = getattr(
 def patches(
     options: Mapping[str, Any], ordered: Sequence[Callable[[Graph], int]] | None = None
 ) -> dict[str, Any]:
-    """Inductor's ``config_patches`` that add the passes to ``options``.
+    """Inductor's ``config_patches`` that add the passes, and larger kernels, to ``options``.
 
     Args:
         options: what the user set; a pass of theirs in our slot, here or in
@@ -39,7 +44,7 @@ def patches(
         ordered: the passes, by default ``compileclip.passes.default_passes()``.
 
     Returns:
-        ``options`` with our pass in the slot.
+        ``options`` with our pass in the slot; what they set themselves stays.
     """
     theirs = options[SLOT] if SLOT in options else getattr(config, SLOT)
     if theirs is None:
@@ -47,7 +52,11 @@ def patches(
     elif not isinstance(theirs, list | tuple):
         theirs = (theirs,)
     ordered = passes.default_passes() if ordered is None else ordered
-    return {**options, SLOT: OrderedPasses(tuple(ordered), tuple(theirs))}
+    return {
+        MAX_ARGUMENTS: max(ARGUMENTS, getattr(config, MAX_ARGUMENTS)),
+        **options,
+        SLOT: OrderedPasses(tuple(ordered), tuple(theirs)),
+    }
 
 
 class OrderedPasses(_Base):  # type: ignore[misc]

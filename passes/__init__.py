@@ -12,11 +12,13 @@ from collections.abc import Callable
 from torch.fx import Graph
 
 from compileclip.passes.fuse_stock_clip import FuseStockClip
+from compileclip.passes.share_norm import ShareNorm
 
 
 def default_passes() -> tuple[Callable[[Graph], int], ...]:
     """The passes in the order that they run: each rewrites a graph and returns how often."""
     return (
         FuseStockClip(),
-        # Passes that want the norm as one operator come after this line.
+        # From here on every norm is one operator.
+        ShareNorm(),
     )

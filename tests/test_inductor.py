@@ -23,8 +23,9 @@ from compileclip.fallback import FallbackWarning
 STEPS = 8
 # Inductor keeps half precision in float32 between operations where eager rounds, and contracts
 # products and sums. Largest difference observed over the sweep, relative to 1 + |value|:
-# 1.5e-5 in float32, 1.5e-2 in bfloat16.
-TOLERANCES = {torch.float32: 3e-5, torch.bfloat16: 4e-2}
+# 7.7e-7 in float32 (RAdam), 1.5e-2 in bfloat16 (Adafactor, RMSprop). Bitwise in float32: Rprop, 7
+# of 9 inputs of SGD, 5 of 7 of ASGD; in bfloat16: 5 of 9 of SGD, 4 of 7 of ASGD.
+TOLERANCES = {torch.float32: 3e-6, torch.bfloat16: 4e-2}
 MUON = 4e-2  # it orthogonalizes in bfloat16 whatever the dtype; observed in float32: 7.5e-4
 TRACED = [info for info in optim_db if not info.step_requires_closure]
 INPUTS = [
