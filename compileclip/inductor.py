@@ -50,7 +50,8 @@ class CompiledStep:
         Args:
             settings: how to clip.
             params: the parameters that have a gradient, in the order of the norm; not empty.
-            norm: the total norm if it was taken already, or None.
+            norm: the total norm if it was taken already, and may be stepped with; or None, and then
+                ``nonfinite="skip"`` is decided in the graph.
 
         Returns:
             The total norm; or None where the step could not be compiled, and nothing has changed.
@@ -62,7 +63,8 @@ class CompiledStep:
             self._check(params)
             if settings.max_norm is not None:
                 self._max_norm.fill_(settings.max_norm)
-            return self._function(settings)(self._max_norm, norm)
+            skip = settings.nonfinite == "skip" and norm is None
+            return self._function(settings, skip)(self._max_norm, norm)
         except CannotCompileError as refusal:
             self.refusal = refusal
         except NotRewrittenError:
@@ -91,17 +93,17 @@ class CompiledStep:
                 "make the optimizer without fused=True, or take mode='eager'",
             )
 
-    def _function(self, settings: ClipSettings) -> Callable[..., Tensor]:
+    def _function(self, settings: ClipSettings, skip: bool) -> Callable[..., Tensor]:
         from compileclip.passes.insert_norm_and_scale import InsertNormAndScale
 
         insert = InsertNormAndScale(
-            settings.norm_type, settings.max_norm is not None, settings.write_grads is True
+            settings.norm_type, settings.max_norm is not None, settings.write_grads is True, skip
         )
         if insert not in self._compiled:
             # Made while Dynamo traces, state would send it another way when it traces anew.
             traced.initialize_state(self._optimizer)
             self._compiled[insert] = torch.compile(
-                _capture(self._optimizer),
+                _capture(self._optimizer, skip),
                 backend=lambda graph, inputs: self._compile(insert, graph, inputs),
                 fullgraph=True,
             )
@@ -118,13 +120,19 @@ class CompiledStep:
         return compiled
 
 
-def _capture(optimizer: Optimizer) -> Callable[[Tensor, Tensor | None], Tensor]:
+def _capture(optimizer: Optimizer, skip: bool) -> Callable[[Tensor, Tensor | None], Tensor]:
     """A function that Dynamo can trace: the norm's place, then the optimizer's raw step."""
     raw_step = traced.raw_step(optimizer)
 
     def step(max_norm: Tensor, norm: Tensor | None) -> Tensor:
         total_norm: Tensor = torch.ops.compileclip.step_norm(max_norm, norm)
-        raw_step(optimizer)
+        if skip:
+            groups = optimizer.param_groups
+            params = [p for group in groups for p in group["params"] if p.grad is not None]
+            finite = total_norm.isfinite()
+            traced.step_where(finite, lambda: raw_step(optimizer), params, optimizer.state)
+        else:
+            raw_step(optimizer)
         return total_norm
 
     # Dynamo counts recompilations by code object, which all closures of a function share.

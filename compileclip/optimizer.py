@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from compileclip import eager
 from compileclip.settings import ClipSettings
-from compileclip.traced import StandIn, stand_in, traced_step
+from compileclip.traced import StandIn, can_undo, stand_in, traced_step
 
 if TYPE_CHECKING:
     from compileclip.inductor import CompiledStep
@@ -46,8 +46,8 @@ def wrap(
         nonfinite: what a NaN or infinite norm does. ``"propagate"``: what torch does, the gradients
             are scaled by it. ``"raise"``: ``RuntimeError``, and nothing has changed; each step
             waits for the device. ``"skip"``: parameters, state and step counts stay as they were,
-            decided on the device where the optimizer runs fused (``fused=True``), else by waiting
-            for the norm.
+            decided on the device where the optimizer runs fused (``fused=True``) and in compiled
+            steps of torch's optimizers, else by waiting for the norm.
         write_grads: ``True``: ``p.grad`` holds the clipped gradient after the step. ``False``:
             ``p.grad`` is left untouched; the step then runs on scaled copies, at most 64 MiB (or
             one gradient) at a time for torch's optimizers, and all gradients at once for another
@@ -104,9 +104,12 @@ class ClippedOptimizer(Optimizer):
             RuntimeError: a gradient lies on another device than its parameter, or the norm is not
                 finite and ``nonfinite="raise"``. Nothing was changed.
         """
-        if torch.compiler.is_compiling() and self._is_traceable and closure is None:
-            self.total_norm = traced_step(self._stand_in, self._settings)
-            return None
+        if torch.compiler.is_compiling():
+            reason = self._why_not_traced(closure)
+            if reason is None:
+                self.total_norm = traced_step(self._stand_in, self._settings)
+                return None
+            torch._dynamo.graph_break(msg=reason)
         return self._eager_step(closure)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -144,11 +147,19 @@ class ClippedOptimizer(Optimizer):
     def _opt_called(self) -> bool:
         return self.total_norm is not None
 
-    @property
-    def _is_traceable(self) -> bool:
-        """Whether a step decides nothing on the host, has no GradScaler and no sharded norm."""
-        on_device = self.nonfinite == "propagate" and "found_inf" not in self.__dict__
-        return on_device and not self._stand_in.holds_shards()
+    def _why_not_traced(self, closure: object) -> str | None:
+        """Why a step cannot be part of a graph, or None if it can."""
+        if closure is not None:
+            return "step was given a closure"
+        if "found_inf" in self.__dict__:
+            return "a GradScaler is used, which decides on the host"
+        if self.nonfinite == "raise":
+            return 'nonfinite="raise" decides on the host'
+        if self._stand_in.holds_shards():
+            return "a parameter is a DTensor"
+        if self.nonfinite == "skip" and not self._stand_in.can_undo():
+            return 'nonfinite="skip" decides on the host here, as the step may make new state'
+        return None
 
     def _compiled_update(self, grads: eager.Gradients) -> bool:
         """Clip and update in one graph; False where that cannot be and nothing has changed."""
@@ -160,7 +171,8 @@ class ClippedOptimizer(Optimizer):
 
             self._compiled = CompiledStep(self.optimizer)
         norm = None
-        if self.nonfinite != "propagate":
+        in_graph = self.nonfinite == "skip" and can_undo(self.optimizer)
+        if self.nonfinite != "propagate" and not in_graph:
             norm = self.total_norm = grads.total_norm(self.norm_type)
             if not eager.may_step(self.optimizer, self._settings, grads, norm):
                 return True

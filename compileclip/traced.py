@@ -10,6 +10,7 @@ read in torch 2.11 to 2.13: ``_init_group``, ``_torchdynamo_orig_callable``.
 from __future__ import annotations
 
 import inspect
+import re
 import types
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from compileclip import ops, reference
+from compileclip.eager import is_torchs_own
 from compileclip.functional import is_sharded
 from compileclip.settings import ClipSettings
 
@@ -47,6 +49,9 @@ def as_refusal(error: BaseException) -> CannotCompileError:
         if isinstance(cause, CannotCompileError):
             return cause
         cause = cause.__cause__ or cause.__context__ or getattr(cause, "inner_exception", None)
+    ours = re.search(r"User-inserted graph break\. Message: (.*)", str(error))
+    if ours is not None:  # ClippedOptimizer.step says there why it breaks the graph
+        return CannotCompileError(ours.group(1), "change that, or leave the step out of the graph")
     if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
         return CannotCompileError(
             f"it was compiled {torch._dynamo.config.recompile_limit} times, the most that "
@@ -69,11 +74,13 @@ class StandIn:
         prepare: makes missing state, when Dynamo traces a call of it.
         mend: ``mend_dynamo``, likewise.
         holds_shards: whether a parameter is a ``DTensor``, likewise.
+        can_undo: ``can_undo``, likewise.
     """
 
     prepare: Callable[[], int]
     mend: Callable[[], int]
     holds_shards: Callable[[], bool]
+    can_undo: Callable[[], bool]
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -112,6 +119,7 @@ def stand_in(optimizer: Optimizer) -> Any:
     made.holds_shards = torch._dynamo.assume_constant_result(
         lambda: any(is_sharded(p) for group in optimizer.param_groups for p in group["params"])
     )
+    made.can_undo = torch._dynamo.assume_constant_result(lambda: can_undo(optimizer))
     return made
 
 
@@ -155,6 +163,21 @@ def initialize_state(optimizer: Optimizer) -> int:
     return made
 
 
+def can_undo(optimizer: Optimizer) -> bool:
+    """Whether ``nonfinite="skip"`` can be decided in a graph.
+
+    It can where a step changes tensors that are there before it and nothing else. So do torch's
+    optimizers; but SGD makes its momentum buffer in the first step, as a copy of the gradient.
+    """
+    initialize_state(optimizer)
+    params = [(g, p) for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
+    return is_torchs_own(optimizer) and all(
+        "momentum_buffer" in optimizer.state.get(p, ())
+        for group, p in params
+        if isinstance(optimizer, torch.optim.SGD) and group["momentum"] != 0
+    )
+
+
 def mend_dynamo() -> int:
     """Make None mean None again in what Dynamo traces next.
 
@@ -181,15 +204,38 @@ def traced_step(standing_in: Any, settings: ClipSettings) -> Tensor:
             return torch.tensor(0.0)
         grads = [p.grad for p in params]
         norm = ops.total_norm(grads, settings.norm_type)
+        finite = norm.isfinite() if settings.nonfinite == "skip" else None
         if settings.max_norm is not None:
             coef = reference.clip_coef(settings.max_norm, norm)
+            if finite is not None:
+                coef = torch.where(finite, coef, 1.0)
             for p, grad in zip(params, grads, strict=True):
                 p.grad = _scaled(grad, coef)
-        standing_in.step()
+        if finite is None:
+            standing_in.step()
+        else:
+            step_where(finite, standing_in.step, params, standing_in.state)
         if settings.write_grads is False:
             for p, grad in zip(params, grads, strict=True):
                 p.grad = grad
         return norm
+
+
+def step_where(
+    finite: Tensor, step: Callable[[], object], params: list[Tensor], state: Any
+) -> None:
+    """Step, and take back every change unless ``finite``; on the device, in the update's kernels.
+
+    The copies exist in the traced code alone: a functional graph still has the old values.
+    """
+    touched = [
+        *params,
+        *(v for p in params for v in state.get(p, {}).values() if isinstance(v, Tensor)),
+    ]
+    before = [t.clone() for t in touched]
+    step()
+    for new, old in zip(touched, before, strict=True):
+        new.copy_(torch.where(finite.to(new.device), new, old))
 
 
 def _scaled(grad: Tensor, coef: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def compile(train_step: F, **kwargs: Any) -> F:
         if chosen is broken:
             # By the time that a later graph fails to compile, backward() may have run: that part
             # then runs in eager mode, and nothing runs twice.
-            with config.patch(trace_autograd_ops=True, suppress_errors=True):
+            with config.patch(suppress_errors=True):
                 return broken(*args, **kwargs)
         try:
             with config.patch(trace_autograd_ops=True):

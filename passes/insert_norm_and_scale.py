@@ -28,13 +28,12 @@ apart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from compileclip import reference
@@ -51,11 +50,13 @@ class InsertNormAndScale:
         norm_type: the order p of the norm.
         clip: whether to scale; otherwise the norm is only measured.
         write_grads: whether to store the scaled gradients.
+        skip: whether a norm that is not finite leaves the gradients as they are.
     """
 
     norm_type: float
     clip: bool = True
     write_grads: bool = False
+    skip: bool = False
 
     def __call__(self, graph: Graph, gradients: Sequence[Node]) -> int:
         """Rewrite ``graph`` in place.
@@ -79,6 +80,10 @@ class InsertNormAndScale:
             norm = given or _call(graph, OPS.total_norm.default, list(gradients), self.norm_type)
             if self.clip:
                 coef = _clip_coef(graph, max_norm, norm, _norm_dtype(gradients))
+                if self.skip:
+                    finite = _call(graph, torch.isfinite, norm)
+                    one = _call(graph, ATEN.full_like.default, coef, 1.0)
+                    coef = _call(graph, ATEN.where.self, finite, coef, one)
                 for gradient, nodes in readers.items():
                     clipped = _scale(graph, gradient, coef, stored=self.write_grads)
                     for reader in nodes:
@@ -113,7 +118,7 @@ def _norm_dtype(gradients: Sequence[Node]) -> torch.dtype:
     return reference.norm_dtype([g.meta["example_value"] for g in gradients])
 
 
-def _call(graph: Graph, target: OpOverload, *args: Any, **kwargs: Any) -> Node:
+def _call(graph: Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
     """A call of ``target`` with the metadata that Dynamo's own nodes have."""
     node = graph.call_function(target, args, kwargs)
     values = fx.map_arg((args, kwargs), lambda n: n.meta["example_value"])
