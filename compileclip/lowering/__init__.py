@@ -1,0 +1,1 @@
+"""Kernels that step graphs become: C++ on a CPU, Triton on a GPU."""

@@ -1,0 +1,68 @@
+"""A program: the pointwise part of a step for one parameter, as a graph that a lowering compiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """What one kernel does for every element of every tensor of a bucket.
+
+    ``graph`` holds functional pointwise ATen operations, in the order that eager runs them. Its
+    placeholders stand for, told apart by ``meta["val"]``:
+
+    * a 1-dim tensor on the meta device: an operand, one tensor per parameter (the parameter, its
+      gradient, its state), read and written element by element;
+    * a 0-dim tensor on the meta device: read from memory once per launch, for all parameters;
+    * a float: a scalar in float64 that the host passes at each launch.
+
+    Each ``call_function`` node has its value in ``meta["val"]`` as well: a tensor on the meta device
+    whose dtype is the one eager rounds to. The output is a tuple of nodes.
+
+    Attributes:
+        graph: the operations.
+        stored: the names of the operands that take the graph's outputs, in their order.
+    """
+
+    graph: Graph
+    stored: tuple[str, ...]
+
+    @property
+    def operands(self) -> list[Node]:
+        """Placeholders of one tensor per parameter."""
+        return [n for n in self._inputs() if isinstance(_value(n), Tensor) and _value(n).dim() == 1]
+
+    @property
+    def values(self) -> list[Node]:
+        """Placeholders of one 0-dim tensor per launch."""
+        return [n for n in self._inputs() if isinstance(_value(n), Tensor) and _value(n).dim() == 0]
+
+    @property
+    def scalars(self) -> list[Node]:
+        """Placeholders of floats."""
+        return [n for n in self._inputs() if isinstance(_value(n), float)]
+
+    @property
+    def results(self) -> tuple[Node, ...]:
+        """The nodes that are stored, in the order of ``stored``."""
+        (results,) = self.graph.output_node().args
+        return tuple(results)  # type: ignore[arg-type]
+
+    def _inputs(self) -> list[Node]:
+        return list(self.graph.find_nodes(op="placeholder"))
+
+
+def dtype_of(node: Node) -> torch.dtype:
+    """The dtype of a node's value; a float's is float64."""
+    value = _value(node)
+    return value.dtype if isinstance(value, Tensor) else torch.float64
+
+
+def _value(node: Node) -> Tensor | float:
+    value: Tensor | float = node.meta["val"]
+    return value
