@@ -1,4 +1,4 @@
-"""A program: the pointwise part of a step for one parameter, as a graph that a lowering compiles."""
+"""A program: the pointwise part of a step for one parameter, as a graph to be compiled."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Program:
     * a 0-dim tensor on the meta device: read from memory once per launch, for all parameters;
     * a float: a scalar in float64 that the host passes at each launch.
 
-    Each ``call_function`` node has its value in ``meta["val"]`` as well: a tensor on the meta device
-    whose dtype is the one eager rounds to. The output is a tuple of nodes.
+    Each ``call_function`` node has its value in ``meta["val"]`` as well: a tensor on the meta
+    device whose dtype is the one eager rounds to. The output is a tuple of nodes.
 
     Attributes:
         graph: the operations.
@@ -35,17 +35,17 @@ class Program:
     @property
     def operands(self) -> list[Node]:
         """Placeholders of one tensor per parameter."""
-        return [n for n in self._inputs() if isinstance(_value(n), Tensor) and _value(n).dim() == 1]
+        return self._tensors(1)
 
     @property
     def values(self) -> list[Node]:
         """Placeholders of one 0-dim tensor per launch."""
-        return [n for n in self._inputs() if isinstance(_value(n), Tensor) and _value(n).dim() == 0]
+        return self._tensors(0)
 
     @property
     def scalars(self) -> list[Node]:
         """Placeholders of floats."""
-        return [n for n in self._inputs() if isinstance(_value(n), float)]
+        return [n for n in self._inputs() if isinstance(n.meta["val"], float)]
 
     @property
     def results(self) -> tuple[Node, ...]:
@@ -53,16 +53,15 @@ class Program:
         (results,) = self.graph.output_node().args
         return tuple(results)  # type: ignore[arg-type]
 
+    def _tensors(self, ndim: int) -> list[Node]:
+        values = [(n, n.meta["val"]) for n in self._inputs()]
+        return [n for n, value in values if isinstance(value, Tensor) and value.dim() == ndim]
+
     def _inputs(self) -> list[Node]:
         return list(self.graph.find_nodes(op="placeholder"))
 
 
 def dtype_of(node: Node) -> torch.dtype:
     """The dtype of a node's value; a float's is float64."""
-    value = _value(node)
+    value = node.meta["val"]
     return value.dtype if isinstance(value, Tensor) else torch.float64
-
-
-def _value(node: Node) -> Tensor | float:
-    value: Tensor | float = node.meta["val"]
-    return value
