@@ -1,1 +1,5 @@
 """Kernels that step graphs become: C++ on a CPU, Triton on a GPU."""
+
+
+class UnsupportedError(ValueError):
+    """A program holds an operation or a dtype that a lowering has no code for."""
