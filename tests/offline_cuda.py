@@ -136,6 +136,15 @@ def _on_cuda(tensor: Tensor) -> Tensor:
     )
 
 
+def compile_ptx(kernel: Any, *arguments: Any, **options: Any) -> str:
+    """The PTX that a launch of a ``triton.jit`` kernel would compile on an H100."""
+    triton.runtime.driver.set_active(_Driver())
+    try:
+        return kernel.warmup(*arguments, grid=(1,), **options).asm["ptx"]  # type: ignore[no-any-return]
+    finally:
+        triton.runtime.driver._active = None
+
+
 class _Driver:
     """What triton asks of a driver."""
 
@@ -143,6 +152,9 @@ class _Driver:
         return H100
 
     def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
         return 0
 
     def get_active_torch_device(self) -> torch.device:
