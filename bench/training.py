@@ -13,14 +13,24 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from bench.gpt import GPT, GPTConfig, batches
-from bench.updates import COMPILED, REFERENCE, UPDATES, Recipe, Update, schedule
+from bench.updates import (
+    COMPILED,
+    ONE_GRAPH,
+    REFERENCE,
+    UPDATES,
+    Recipe,
+    TrainingStep,
+    Update,
+    schedule,
+)
 
 
 @dataclass
 class Result:
     """What a run left behind; lists have an element per step, times are in seconds.
 
-    ``step_times`` is the whole training step, ``update_times`` its clip and step alone.
+    ``step_times`` is the whole training step, ``update_times`` its clip and step alone, which a
+    training step in one graph does not have: there it is empty.
     ``param_difference`` is the largest, at the end, from the reference run of the same seed.
     """
 
@@ -39,7 +49,7 @@ class Run:
 
     name: str
     model: GPT
-    update: Update
+    update: Update | TrainingStep
     scheduler: LambdaLR
     losses: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
@@ -49,19 +59,21 @@ class Run:
     def step(self, tokens: Tensor, targets: Tensor) -> None:
         """Train on one batch, which lies on the model's device."""
         start = _now(tokens.device)
-        loss = self.model(tokens, targets)
-        loss.backward()
-        before = _now(tokens.device)
-        norm = self.update.clip_and_step()
-        after = _now(tokens.device)
+        if isinstance(self.update, TrainingStep):
+            loss, norm = self.update.run(tokens, targets)
+        else:
+            loss = self.model(tokens, targets)
+            loss.backward()
+            before = _now(tokens.device)
+            norm = self.update.clip_and_step()
+            self.update_times.append(_now(tokens.device) - before)
+            self.update.optimizer.zero_grad()
         self.scheduler.step()
-        self.update.optimizer.zero_grad()
         end = _now(tokens.device)
         # Tensors, read when training is over: a value read now would make the host wait.
         self.losses.append(loss.detach())
         self.norms.append(norm)
         self.step_times.append(end - start)
-        self.update_times.append(after - before)
 
     def result(self, seed: int, reference: GPT) -> Result:
         """Read what was recorded, and compare the parameters with ``reference``'s."""
@@ -113,10 +125,10 @@ def _start(name: str, weights: GPT, recipe: Recipe, device: torch.device) -> Run
 
 def _step(run: Run, tokens: Tensor, targets: Tensor, bar: tqdm) -> bool:
     """Take a step of ``run``, and say whether it is to go on."""
-    if run.name != COMPILED or run.losses:
+    if run.name not in (COMPILED, ONE_GRAPH) or run.losses:
         run.step(tokens, targets)
         return True
-    bar.set_postfix_str("compiling, a minute or two")
+    bar.set_postfix_str(f'compiling the row "{run.name}", a minute or two')
     try:
         run.step(tokens, targets)
     except RuntimeError as error:  # no C++ compiler, or no header files of Python

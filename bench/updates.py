@@ -38,6 +38,14 @@ class Update:
     clip_and_step: Callable[[], Tensor]
 
 
+@dataclass
+class TrainingStep:
+    """An optimizer, and ``run``, which trains on a batch and returns loss and total norm."""
+
+    optimizer: Optimizer
+    run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 def torch_update(model: nn.Module, recipe: Recipe, **options: Any) -> Update:
     """The two calls that torch offers; ``options`` are passed to ``AdamW``."""
     optimizer = AdamW(_groups(model), **{"lr": recipe.lr, "betas": BETAS, **options})
@@ -72,12 +80,38 @@ def compileclip_update(model: nn.Module, recipe: Recipe, **options: Any) -> Upda
     return Update(optimizer, clip_and_step)
 
 
+def compiled_training_step(model: nn.Module, recipe: Recipe) -> TrainingStep:
+    """The wrapped ``AdamW`` in a training step that is compiled as one graph."""
+    # As a float, a scheduled learning rate would be compiled twice: as a number, then as any.
+    adamw = AdamW(_groups(model), lr=torch.tensor(recipe.lr), betas=BETAS)
+    optimizer = compileclip.wrap(adamw, recipe.max_norm)
+
+    def train_step(tokens: Tensor, targets: Tensor) -> Tensor:
+        loss: Tensor = model(tokens, targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    # With fullgraph=True, what cannot be compiled is an error, not a step in eager mode.
+    compiled = compileclip.compile(train_step, fullgraph=True)
+
+    def run(tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        loss = compiled(tokens, targets)
+        assert optimizer.total_norm is not None
+        return loss, optimizer.total_norm
+
+    return TrainingStep(optimizer, run)
+
+
 REFERENCE = "torch"
 COMPILED = "torch.compile"
-UPDATES: dict[str, Callable[[nn.Module, Recipe], Update]] = {
+ONE_GRAPH = "compileclip.compile"
+UPDATES: dict[str, Callable[[nn.Module, Recipe], Update | TrainingStep]] = {
     REFERENCE: torch_update,
     COMPILED: compiled_update,
     "compileclip": compileclip_update,
+    ONE_GRAPH: compiled_training_step,
     "torch, fused": lambda model, recipe: torch_update(model, recipe, fused=True),
     "compileclip, fused": lambda model, recipe: compileclip_update(model, recipe, fused=True),
 }
