@@ -1,0 +1,216 @@
+"""A program as C++: one loop over all elements of all tensors of a bucket, on a CPU's threads.
+
+What does not depend on the element (the scalars, the norm and what follows from it) is computed
+once per launch. The elements are split into chunks as the norm splits them, so that a thread
+updates what it has read for the norm, the last read first: that is still in its cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from compileclip.lowering import CHUNK, UnsupportedError, cpp_ops, native
+from compileclip.program import Program, dtype_of
+
+GRAIN = 32768  # fewer elements than this stay on one thread, as in ATen
+
+
+class Kernel:
+    """A program, compiled.
+
+    Raises:
+        UnsupportedError: the program holds an operation or a dtype without C++ code.
+        native.CompilerError: there is no compiler, or it fails.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._step = native.load(source(program)).step
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        self._step.argtypes = (pointer, integer, pointer, pointer, pointer, pointer, ctypes.c_int)
+        self._step.restype = None
+
+    def __call__(
+        self,
+        table: Sequence[array[int]],
+        sizes: array[int],
+        first_chunk: array[int],
+        scalars: Sequence[float],
+        values: Sequence[int],
+        threads: int,
+    ) -> None:
+        """Run it on a bucket, in place.
+
+        Args:
+            table: for each of ``program.operands``, the addresses of its tensors' data as 64-bit
+                integers. The tensors are dense, and no two of them overlap.
+            sizes: how many elements each tensor has.
+            first_chunk: the running sum of the tensors' numbers of chunks, from 0 on; one longer
+                than ``sizes``.
+            scalars: the values of ``program.scalars``.
+            values: the addresses of ``program.values``.
+            threads: how many to use at most. Thread t takes chunks ``t * total // threads`` up to
+                ``(t + 1) * total // threads``, the last one first.
+        """
+        tables = array("Q", [column.buffer_info()[0] for column in table])
+        floats, addresses = array("d", scalars), array("Q", values)
+        self._step(
+            tables.buffer_info()[0],
+            len(sizes),
+            sizes.buffer_info()[0],
+            first_chunk.buffer_info()[0],
+            floats.buffer_info()[0],
+            addresses.buffer_info()[0],
+            threads,
+        )
+
+
+def source(program: Program) -> str:
+    """The C++ code of a program."""
+    return _Source(program).text()
+
+
+class _Source:
+    """C++ code under construction.
+
+    Attributes:
+        once: types, names and expressions computed once per launch: the members of ``Launch``.
+        each: statements run for each element.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.once: list[tuple[str, str, str]] = []
+        self.each: list[str] = []
+        self._names: dict[Node, str] = {}
+        self._numbers: dict[tuple[Node, str], str] = {}
+        self._scalars = {node: index for index, node in enumerate(program.scalars)}
+        for index, node in enumerate(program.values):
+            memory, register = _types(dtype_of(node))
+            address = f"reinterpret_cast<const {memory}*>(values[{index}])"
+            self._names[node] = self._once(register, f"load({address})")
+        for index, node in enumerate(program.operands):
+            self._names[node] = f"x{index}"
+            self.each.append(f"const {_types(dtype_of(node))[1]} x{index} = load(p{index} + i);")
+        for node in program.graph.nodes:
+            if node.op == "call_function":
+                self._compute(node)
+        columns = {node.name: index for index, node in enumerate(program.operands)}
+        for name, node in zip(program.stored, program.results, strict=True):
+            self.each.append(f"store(p{columns[name]} + i, {self._names[node]});")
+
+    def text(self) -> str:
+        """All of it."""
+        memory = [_types(dtype_of(node))[0] for node in self.program.operands]
+        pointers = ", ".join(f"{kind}* __restrict p{i}" for i, kind in enumerate(memory))
+        chunks = ", ".join(
+            f"reinterpret_cast<{kind}*>(tables[{i}][tensor]) + start"
+            for i, kind in enumerate(memory)
+        )
+        parts = {
+            "PRELUDE": cpp_ops.PRELUDE,
+            "MEMBERS": "\n".join(f"  {kind} {name};" for kind, name, _ in self.once),
+            "PREPARE": "\n".join(f"  const {kind} {name} = {e};" for kind, name, e in self.once),
+            "MEMBER_NAMES": ", ".join(name for _, name, _ in self.once),
+            "POINTERS": pointers,
+            "CHUNK_POINTERS": chunks,
+            "LOCALS": "\n".join(f"  const {kind} {n} = launch.{n};" for kind, n, _ in self.once),
+            "EACH": "\n".join(f"    {line}" for line in self.each),
+            "CHUNK_SIZE": str(CHUNK),
+            "GRAIN": str(GRAIN),
+        }
+        return re.sub(r"\$(\w+)", lambda match: parts[match[1]], cpp_ops.FRAME)
+
+    def _compute(self, node: Node) -> None:
+        """Declare the value of an operation."""
+        target = node.target
+        function = cpp_ops.FUNCTIONS.get(target) if isinstance(target, OpOverload) else None
+        if function is None:
+            raise UnsupportedError(f"no C++ code for {target}")
+        memory, register = _types(dtype_of(node))
+        within = _compute_dtype(node)
+        kind = _types(within)[1]
+        values = [self._argument(function, name, value, within) for name, value in _inputs(node)]
+        expression = f"op::{function}<{kind}>({', '.join(values)})"
+        if dtype_of(node) in cpp_ops.HALF and function not in cpp_ops.EXACT:
+            expression = f"round_to<{memory}>({expression})"
+        if node.meta["val"].dim() == 0:
+            self._names[node] = self._once(register, expression)
+        else:
+            self._names[node] = f"y{len(self.each)}"
+            self.each.append(f"const {register} {self._names[node]} = {expression};")
+
+    def _argument(self, function: str, name: str, value: Any, within: torch.dtype) -> str:
+        """An argument of an operation that computes in the dtype ``within``."""
+        if name == "condition":
+            within = torch.bool
+        kind = _types(within)[1]
+        if value is None:  # no bound
+            return "INFINITY" if name == "max" else "-INFINITY"
+        if not isinstance(value, Node):
+            text = f"static_cast<{kind}>({_literal(value)})"
+        elif value in self._scalars:
+            text = self._number(value, kind)
+        else:
+            text = f"static_cast<{kind}>({self._names[value]})"
+        is_tensor = isinstance(value, Node) and value not in self._scalars
+        narrows = within in cpp_ops.HALF and not (is_tensor and dtype_of(value) == within)
+        if narrows and function not in cpp_ops.WIDE and (is_tensor or function in cpp_ops.EXACT):
+            return f"round_to<{_types(within)[0]}>({text})"
+        return text
+
+    def _number(self, node: Node, kind: str) -> str:
+        """A scalar of the host, converted once per launch."""
+        if (node, kind) not in self._numbers:
+            value = f"static_cast<{kind}>(scalars[{self._scalars[node]}])"
+            self._numbers[node, kind] = self._once(kind, value)
+        return self._numbers[node, kind]
+
+    def _once(self, kind: str, expression: str) -> str:
+        name = f"u{len(self.once)}"
+        self.once.append((kind, name, expression))
+        return name
+
+
+def _inputs(node: Node) -> Iterator[tuple[str, Any]]:
+    """The tensors and numbers of a call, by their names in the operation's schema."""
+    assert isinstance(node.target, OpOverload)
+    for index, argument in enumerate(node.target._schema.arguments):
+        if "Tensor" in str(argument.type) or "number" in str(argument.type):
+            given = node.args[index] if index < len(node.args) else None
+            yield argument.name, node.kwargs.get(argument.name, given or argument.default_value)
+
+
+def _compute_dtype(node: Node) -> torch.dtype:
+    """The dtype that ATen converts the arguments of an operation to."""
+    if dtype_of(node) != torch.bool or node.target in cpp_ops.MOVES:
+        return dtype_of(node)
+    # A comparison of one or two: a number gives way to a tensor's dtype.
+    values: list[Any] = [arg.meta["val"] if isinstance(arg, Node) else arg for arg in node.args]
+    dtype: torch.dtype = torch.result_type(values[0], values[-1])
+    return dtype
+
+
+def _types(dtype: torch.dtype) -> tuple[str, str]:
+    """The C++ types of a dtype, in memory and in registers."""
+    if dtype not in cpp_ops.TYPES:
+        raise UnsupportedError(f"no C++ code for {dtype}")
+    return cpp_ops.TYPES[dtype]
+
+
+def _literal(value: object) -> str:
+    if not isinstance(value, (int, float)):
+        raise UnsupportedError(f"no C++ code for the argument {value!r}")
+    if math.isnan(value):
+        return "NAN"
+    if math.isinf(value):
+        return "INFINITY" if value > 0 else "-INFINITY"
+    return float(value).hex()
