@@ -107,6 +107,13 @@ def block_list(sizes: Sequence[int], block: int = BLOCK) -> Tensor:
     return torch.stack((tensors, within), 1).to(torch.int32)
 
 
+def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """An int64 tensor of numbers; the copy to a GPU waits for nothing."""
+    pinned = device.type == "cuda"
+    host = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=pinned)
+    return host.to(device, non_blocking=True)
+
+
 def source(program: Program) -> str:
     """The Python source of a program's kernel, ``compileclip_step``."""
     operands = [variable(n) for n in program.operands]

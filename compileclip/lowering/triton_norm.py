@@ -1,0 +1,231 @@
+"""The total norm of many tensors on a GPU: one launch per dtype, and one that adds up.
+
+Each Triton program takes the share of one chunk, in float64 and in an order that only the shape
+decides, into a place of its own; one more program adds the shares in their order. Nothing is
+accumulated through atomics, so a result does not depend on which program ran first.
+
+Squares of float32 and narrower neither overflow nor vanish in float64. Those of float64 may, so
+there a share has three sums, as in J. L. Blue, "A Portable Fortran Program to Find the Euclidean
+Norm of a Vector" (1978): of small elements scaled up, of large ones scaled down, and of the others.
+A maximum is taken over the bits of absolute values, which are in the order of the values; NaN
+stands above infinity there, so it comes through.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton  # type: ignore[import-untyped, unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped, unused-ignore]
+from torch import Tensor
+
+from compileclip import reference
+from compileclip.lowering import UnsupportedError
+from compileclip.lowering.triton import block_list, on_device
+
+CHUNK = 16384  # elements per program of the first launch
+_STEP = tl.constexpr(2048)  # of them at a time: 16 per thread, 64 bytes of float32 in flight
+_SHARES = tl.constexpr(8192)  # at a time in the second launch
+_FIRST = {"num_warps": 4, "enable_fp_fusion": False}
+_SECOND = {"num_warps": 16, "enable_fp_fusion": False}
+_TYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+
+_ORDERS = {1.0: "values", 2.0: "squares", math.inf: "max"}
+# Between the first two, squares are normal numbers and 2**52 of them a finite sum; the others bring
+# what lies outside to where that holds.
+_SMALL, _LARGE = tl.constexpr(2.0**-511), tl.constexpr(2.0**486)
+_UP, _DOWN = tl.constexpr(2.0**537), tl.constexpr(2.0**-538)
+
+
+def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+    """The p-norm of ``tensors`` seen as one vector, as ``reference.total_norm``.
+
+    Nothing waits for the device, and what is asked for twice is the same bits.
+
+    Args:
+        tensors: at least one, all on one device: float32, float64, float16 or bfloat16.
+        norm_type: 1, 2 or infinity.
+
+    Returns:
+        A 0-dim tensor in ``reference.norm_dtype(tensors)``.
+
+    Raises:
+        UnsupportedError: there is no kernel for a dtype, a layout or the order of the norm.
+    """
+    if norm_type not in _ORDERS:
+        raise UnsupportedError(f"there is no Triton kernel for norm_type={norm_type}")
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for t in tensors:
+        if t.dtype not in _TYPES or t.layout != torch.strided:
+            raise UnsupportedError(f"there is no Triton kernel for {t.dtype} in {t.layout}")
+        groups.setdefault(t.dtype, []).append(_dense(t))
+    device = tensors[0].device
+    chunks = {d: _chunks(tuple(t.numel() for t in g), device) for d, g in groups.items()}
+    count = sum(len(blocks) for _, blocks in chunks.values())
+    scaled = torch.float64 in groups and norm_type == 2
+    shares = torch.empty((3 if scaled else 1, count), dtype=torch.float64, device=device)
+    total = torch.empty((), dtype=reference.norm_dtype(tensors), device=device)
+    constants = {"ORDER": _ORDERS[norm_type], "SCALED": scaled}
+    done = 0
+    with torch.cuda.device_of(total):
+        for dtype, group in groups.items():
+            sizes, blocks = chunks[dtype]
+            if len(blocks):
+                addresses = on_device([t.data_ptr() for t in group], device)
+                _take_shares[(len(blocks),)](
+                    *(addresses, sizes, blocks, shares, done, count),
+                    **{"DTYPE": _TYPES[dtype], "WIDE": _wide(dtype, norm_type), "CHUNK": CHUNK},
+                    **constants,
+                    **_FIRST,
+                )
+            done += len(blocks)
+        _add_shares[(1,)](shares, total, count, **constants, **_SECOND)
+    return total
+
+
+def _wide(dtype: torch.dtype, norm_type: float) -> Any:
+    """What shares are taken in; a maximum rounds nothing, and one in float64 is slow."""
+    exact = math.isinf(norm_type) and dtype != torch.float64
+    return tl.float32 if exact else tl.float64
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """``tensor``, or a copy without gaps or overlaps; the order of elements does not matter."""
+    if tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor):
+        return tensor
+    return tensor.contiguous()
+
+
+@functools.lru_cache(maxsize=64)
+def _chunks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Sizes and ``block_list`` on the device; both are the same at every step."""
+    return on_device(sizes, device), block_list(sizes, CHUNK).to(device)
+
+
+def _jit(*runtime: str) -> Callable[[Callable[..., Any]], Any]:
+    """``triton.jit``; nothing is compiled again for another value of what ``runtime`` names."""
+    decorate: Callable[[Callable[..., Any]], Any] = triton.jit(do_not_specialize=list(runtime))
+    return decorate
+
+
+@_jit("addresses", "sizes", "blocks", "shares", "done", "count")
+def _take_shares(
+    addresses: tl.tensor,
+    sizes: tl.tensor,
+    blocks: tl.tensor,
+    shares: tl.tensor,
+    done: tl.tensor,
+    count: tl.tensor,
+    DTYPE: tl.constexpr,  # noqa: N803
+    WIDE: tl.constexpr,  # noqa: N803
+    CHUNK: tl.constexpr,  # noqa: N803
+    ORDER: tl.constexpr,  # noqa: N803
+    SCALED: tl.constexpr,  # noqa: N803
+) -> None:
+    """Each program: the share of one chunk, into ``shares[:, done + program]``."""
+    program = tl.program_id(0).to(tl.int64)
+    tensor = tl.load(blocks + program * 2)
+    start = tl.load(blocks + program * 2 + 1).to(tl.int64) * CHUNK
+    address = tl.load(addresses + tensor)
+    length = tl.minimum(tl.load(sizes + tensor) - start, CHUNK).to(tl.int32)
+    # Full steps of aligned tensors run without masks, for loads 16 bytes wide.
+    full = tl.where((address & 15) == 0, length // _STEP * _STEP, 0)
+    lane = tl.arange(0, _STEP)
+    small = tl.zeros([_STEP], WIDE)
+    medium = tl.zeros([_STEP], WIDE)
+    large = tl.zeros([_STEP], WIDE)
+    aligned = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16) + start
+    for first in range(0, full, _STEP):
+        x = tl.load(aligned + first + lane).to(WIDE)
+        small, medium, large = _accumulate(x, small, medium, large, ORDER, SCALED)
+    pointer = address.to(tl.pointer_type(DTYPE)) + start
+    for first in range(full, length, _STEP):
+        x = tl.load(pointer + first + lane, mask=first + lane < length, other=0.0).to(WIDE)
+        small, medium, large = _accumulate(x, small, medium, large, ORDER, SCALED)
+    share = shares + done + program
+    tl.store(share, _reduce(medium, ORDER))
+    if SCALED:
+        tl.store(share + count, tl.sum(small, 0))
+        tl.store(share + 2 * count, tl.sum(large, 0))
+
+
+@_jit("shares", "total", "count")
+def _add_shares(
+    shares: tl.tensor,
+    total: tl.tensor,
+    count: tl.tensor,
+    ORDER: tl.constexpr,  # noqa: N803
+    SCALED: tl.constexpr,  # noqa: N803
+) -> None:
+    """One program: the norm from ``count`` shares."""
+    lane = tl.arange(0, _SHARES)
+    small = tl.zeros([_SHARES], tl.float64)
+    medium = tl.zeros([_SHARES], tl.float64)
+    large = tl.zeros([_SHARES], tl.float64)
+    for first in range(0, count, _SHARES):
+        share, mask = shares + first + lane, first + lane < count
+        x = tl.load(share, mask=mask, other=0.0)
+        if ORDER == "max":
+            medium = tl.maximum(medium, x, propagate_nan=tl.PropagateNan.ALL)
+        else:
+            medium += x
+        if SCALED:
+            small += tl.load(share + count, mask=mask, other=0.0)
+            large += tl.load(share + 2 * count, mask=mask, other=0.0)
+    norm = _reduce(medium, ORDER)
+    if SCALED:
+        norm = _scaled_root(tl.sum(small, 0), norm, tl.sum(large, 0))
+    elif ORDER == "squares":
+        norm = tl.sqrt(norm)
+    tl.store(total, norm.to(total.dtype.element_ty))
+
+
+@_jit()
+def _accumulate(
+    x: tl.tensor,
+    small: tl.tensor,
+    medium: tl.tensor,
+    large: tl.tensor,
+    ORDER: tl.constexpr,  # noqa: N803
+    SCALED: tl.constexpr,  # noqa: N803
+) -> tl.tensor:
+    if ORDER == "max":
+        medium = tl.maximum(medium, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
+    elif ORDER == "values":
+        medium += tl.abs(x)
+    elif SCALED:
+        is_small, is_large = tl.abs(x) < _SMALL, tl.abs(x) > _LARGE
+        up, down = tl.where(is_small, x * _UP, 0.0), tl.where(is_large, x * _DOWN, 0.0)
+        rest = tl.where(is_small | is_large, 0.0, x)  # NaN is here
+        small, large = tl.fma(up, up, small), tl.fma(down, down, large)
+        medium = tl.fma(rest, rest, medium)
+    else:
+        medium = tl.fma(x, x, medium)
+    return small, medium, large
+
+
+@_jit()
+def _reduce(x: tl.tensor, ORDER: tl.constexpr) -> tl.tensor:  # noqa: N803
+    if ORDER == "max":
+        bits = x.to(tl.float64).to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+        return tl.max(bits, 0).to(tl.float64, bitcast=True)
+    else:  # Triton follows one branch alone  # noqa: RET505
+        return tl.sum(x, 0)
+
+
+@_jit()
+def _scaled_root(small: tl.tensor, medium: tl.tensor, large: tl.tensor) -> tl.tensor:
+    """The root of the three sums; small ones count only beside a sum that is small itself."""
+    from_large = tl.sqrt(large + medium * _DOWN * _DOWN) * 2.0**538
+    from_small = tl.sqrt(small + medium * _UP * _UP) * 2.0**-537
+    use_small = (small > 0) & (medium < 2.0**-400)
+    return tl.where(large > 0, from_large, tl.where(use_small, from_small, tl.sqrt(medium)))
