@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
+from compileclip.lowering import norm as native_norm
+
 # Where a norm is accumulated in a wider dtype than the gradient's, a CPU kernel first casts a copy.
 # Pieces of this many elements keep that copy small, and in the cache.
 _PIECE = 1 << 16
@@ -41,6 +43,9 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     the rounding of long sums does not show. Gradients that reach further than the sums do (float64,
     or a large p) are first scaled by a power of two, which is exact.
 
+    On a CPU a native kernel takes the norms that it serves; float32 ones of p = 2 are the same
+    but for the order of the sums in float64.
+
     Args:
         tensors: at least one tensor, floating point or complex, of any shape, dtype and device.
         norm_type: the order p; any float but NaN.
@@ -48,6 +53,12 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     Returns:
         A 0-dim tensor on the device of the first tensor, in ``norm_dtype(tensors)``.
     """
+    native = native_norm.total_norm(tensors, norm_type)
+    return native if native is not None else _total_norm(tensors, norm_type)
+
+
+def _total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+    """``total_norm`` by torch's own operators."""
     dtype, device = norm_dtype(tensors), tensors[0].device
     dense = [values(t) for t in tensors]
     if norm_type < 0 or math.isinf(norm_type):

@@ -1,0 +1,300 @@
+"""The total norm of a list of tensors as one native kernel: p = 2 and inf, on a CPU.
+
+Squares are summed in float64. A tensor is read in chunks of ``CHUNK`` elements, in the order of
+its memory; what a chunk contributes depends on that chunk alone, a tensor's chunks are added in
+their order and then the tensors in theirs. So the result depends neither on the number of threads
+nor on how wide the machine's vectors are.
+
+Thread t of T takes the chunks from ``t * total // T`` to ``(t + 1) * total // T`` and walks them
+forward; a kernel that walks the same ranges backward next finds their ends still in the cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import os
+from array import array
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from compileclip.lowering import CHUNK
+
+# What the kernel calls the dtypes.
+CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+# The 2-norm of float64 tensors stays with torch's kernels, and so keeps their bits.
+_SERVED = {2.0: CODES.keys() - {torch.float64}, math.inf: CODES.keys()}
+_PLAIN = {Tensor, Parameter}
+_dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
+_is_dense = torch.ops.aten.is_non_overlapping_and_dense.default
+
+
+_SOURCE = r"""
+#include <omp.h>  // headers of C++ itself would double the time to compile
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+constexpr int64_t CHUNK = @CHUNK@;
+constexpr int64_t GRAIN = 32768;  // ATen's: for fewer elements a thread is not worth its start
+enum Status { OK, OUT_OF_RANGE, OUT_OF_MEMORY };
+
+template <class T, int N> struct Vec {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
+};
+typedef Vec<double, 8>::type Double8;
+typedef Vec<float, 8>::type Float8;
+typedef Vec<uint32_t, 8>::type UInt8;
+typedef Vec<uint16_t, 8>::type Half8;
+
+// Per dtype: what its elements are stored as, and how 8 of them are widened.
+struct Float32 {
+  typedef float stored;
+  static Double8 widen(Float8 x) { return __builtin_convertvector(x, Double8); }
+};
+struct Float64 {
+  typedef double stored;
+  static Double8 widen(Double8 x) { return x; }
+};
+struct BFloat16 {
+  typedef uint16_t stored;
+  static Double8 widen(Half8 x) {
+    return Float32::widen((Float8)(__builtin_convertvector(x, UInt8) << 16));
+  }
+};
+struct Float16 {
+  typedef uint16_t stored;
+  // The sign goes. An addition rebiases the exponent, a second one that of inf and NaN. Subnormal
+  // numbers get a leading 1 that is subtracted again: as floats none is subnormal, so that none
+  // is lost where the CPU flushes those.
+  static Double8 widen(Half8 x) {
+    UInt8 bits = __builtin_convertvector(x, UInt8) & 0x7fff;
+    const UInt8 small = (UInt8)(bits < 0x400), special = (UInt8)(bits >= 0x7c00);
+    bits = (bits << 13) + (112u << 23) + (special & (112u << 23)) + (small & (1u << 23));
+    return Float32::widen((Float8)bits - (Float8)(small & (113u << 23)));
+  }
+};
+
+template <class T> static Double8 load(const char* data, int64_t count = 8) {
+  typename Vec<typename T::stored, 8>::type x = {};
+  memcpy(&x, data, count * sizeof(typename T::stored));  // at any address
+  return T::widen(x);
+}
+
+template <bool max, class V> static V join(V a, V b) {
+  return max ? ((b > a) | (b != b) ? b : a) : a + b;  // NaN stays NaN
+}
+
+template <bool max> static void take(Double8& result, Double8 x) {
+  result = join<max>(result, max ? (x < 0 ? -x : x) : x * x);
+}
+
+template <class T, bool max> static double reduce(const char* data, int64_t first, int64_t n) {
+  constexpr int64_t size = sizeof(typename T::stored);
+  data += first * size;
+  n = n - first < CHUNK ? n - first : CHUNK;
+  Double8 lanes[4] = {};  // independent, to hide the latency of an operation
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32)
+    for (int k = 0; k < 4; ++k) take<max>(lanes[k], load<T>(data + (i + 8 * k) * size));
+  for (int k = 0; i < n; ++k, i += 8)
+    take<max>(lanes[k], load<T>(data + i * size, n - i < 8 ? n - i : 8));
+  const Double8 last = join<max>(join<max>(lanes[0], lanes[1]), join<max>(lanes[2], lanes[3]));
+  double result = last[0];
+  for (int j = 1; j < 8; ++j) result = join<max>(result, last[j]);
+  return result;
+}
+
+struct List {
+  int64_t n;
+  const uint64_t* pointers;
+  const int64_t *sizes, *first_chunk;
+  const int8_t* dtypes;  // or null, and one for all
+  int dtype;
+
+  int dtype_of(int64_t i) const { return dtypes ? dtypes[i] : dtype; }
+
+  template <bool max> double part(int64_t i, int64_t first) const {
+    const char* data = (const char*)pointers[i];
+    switch (dtype_of(i)) {
+      case 0: return reduce<Float32, max>(data, first, sizes[i]);
+      case 1: return reduce<Float64, max>(data, first, sizes[i]);
+      case 2: return reduce<BFloat16, max>(data, first, sizes[i]);
+      default: return reduce<Float16, max>(data, first, sizes[i]);
+    }
+  }
+
+  // One thread's range of chunks.
+  template <bool max> void walk(int thread, int threads, double* parts) const {
+    int64_t chunk = first_chunk[n] * thread / threads, low = 0, high = n;
+    const int64_t end = first_chunk[n] * (thread + 1) / threads;
+    while (high - low > 1) {  // first_chunk[low] <= chunk < first_chunk[high]
+      const int64_t middle = (low + high) / 2;
+      (first_chunk[middle] <= chunk ? low : high) = middle;
+    }
+    for (; chunk < end; ++chunk) {
+      while (first_chunk[low + 1] <= chunk) ++low;
+      parts[chunk] = part<max>(low, (chunk - first_chunk[low]) * CHUNK);
+    }
+  }
+};
+
+template <bool max> static int norm(const List& list, void* out, int out_dtype, int threads) {
+  const int64_t total = list.first_chunk[list.n];
+  double* parts = (double*)malloc((total + 1) * sizeof(double));
+  if (!parts) return OUT_OF_MEMORY;
+  int64_t elements = 0;
+  for (int64_t i = 0; i < list.n; ++i) elements += list.sizes[i];
+  if (threads > total) threads = (int)total;
+  if (threads <= 1 || elements < GRAIN) {
+    list.walk<max>(0, 1, parts);
+  } else {
+#pragma omp parallel num_threads(threads)
+    list.walk<max>(omp_get_thread_num(), omp_get_num_threads(), parts);
+  }
+  double result = 0.0;
+  bool wide = false;
+  for (int64_t i = 0, c = 0; i < list.n; ++i) {
+    double of_one = 0.0;
+    for (; c < list.first_chunk[i + 1]; ++c) of_one = join<max>(of_one, parts[c]);
+    result = join<max>(result, of_one);
+    wide |= list.dtype_of(i) == 1;
+  }
+  free(parts);
+  if (!max) {
+    // Below 2**-900, up to 2**50 squares that underflowed could show.
+    if (wide && !(result >= 0x1p-900 && result < __builtin_inf())) return OUT_OF_RANGE;
+    result = __builtin_sqrt(result);
+  }
+  if (out_dtype == 1) *(double*)out = result;
+  else *(float*)out = (float)result;
+  return OK;
+}
+
+extern "C" int compileclip_norm(void* out, int out_dtype, int64_t n, const uint64_t* pointers,
+                                const int64_t* sizes, const int64_t* first_chunk,
+                                const int8_t* dtypes, int dtype, int max, int threads) {
+  const List list = {n, pointers, sizes, first_chunk, dtypes, dtype};
+  return (max ? norm<true> : norm<false>)(list, out, out_dtype, threads);
+}
+""".replace("@CHUNK@", str(CHUNK))
+
+
+def total_norm(tensors: Sequence[Tensor], order: float) -> Tensor | None:
+    """The norm of ``tensors`` seen as one vector, where the kernel serves them.
+
+    It serves plain dense tensors on a CPU, in any permutation of a contiguous layout: of float32,
+    bfloat16 and float16 for p = 2 and inf, of float64 too for inf.
+
+    Args:
+        tensors: at least one tensor of any kind.
+        order: the order p of the norm.
+
+    Returns:
+        A 0-dim tensor, float32 or for float64 gradients float64; ``None`` where they are not
+        served, or there is no compiler.
+    """
+    served = _SERVED.get(order)
+    if served is None or not _PLAIN.issuperset(map(type, tensors)):
+        return None
+    dtypes = set(map(_dtype, tensors))
+    if not served >= dtypes or not all(map(_is_cpu, tensors)) or not _runs_for_real():
+        return None
+    try:
+        if not all(map(Tensor.is_contiguous, tensors)) and not all(map(_is_dense, tensors)):
+            return None
+        pointers = array("Q", list(map(Tensor.data_ptr, tensors)))
+    except RuntimeError:  # a sparse tensor, a wrapper of functorch's: there is no memory to read
+        return None
+    sizes = array("q", list(map(Tensor.numel, tensors)))
+    if 0 in pointers and any(n and not p for n, p in zip(sizes, pointers, strict=True)):
+        return None
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    out = torch.empty((), dtype=dtype, device="cpu")  # not on a default device
+    kind = dtypes.pop() if len(dtypes) == 1 else array("b", [CODES[t.dtype] for t in tensors])
+    threads = torch.get_num_threads()
+    done = norm_into(out, pointers, sizes, first_chunks(sizes), kind, order, threads)
+    return out if done else None
+
+
+def norm_into(
+    out: Tensor,
+    pointers: array[int],
+    sizes: array[int],
+    first_chunk: array[int],
+    dtype: torch.dtype | array[int],
+    order: float,
+    threads: int,
+) -> bool:
+    """Write the norm of N tensors, given by their addresses, to ``out``.
+
+    Args:
+        out: a 0-dim float32 or float64 tensor on the CPU.
+        pointers: N addresses (``"Q"``) of memory without gaps; alive until this returns.
+        sizes: their numbers of elements (``"q"``).
+        first_chunk: ``first_chunks(sizes)``.
+        dtype: of all of them, or N entries of ``CODES`` (``"b"``).
+        order: 2.0 or inf.
+        threads: at most so many.
+
+    Returns:
+        Whether ``out`` was written. It is not without a compiler, without memory, and where the
+        squares of float64 numbers leave the range of float64, which only scaling can tell from
+        an infinite norm or a zero one.
+    """
+    kernel = available()
+    if kernel is None:
+        return False
+    uniform = isinstance(dtype, torch.dtype)
+    status: int = kernel(
+        out.data_ptr(),
+        CODES[out.dtype],
+        len(pointers),
+        pointers.buffer_info()[0],
+        sizes.buffer_info()[0],
+        first_chunk.buffer_info()[0],
+        None if uniform else dtype.buffer_info()[0],  # type: ignore[union-attr]
+        CODES[dtype] if uniform else -1,  # type: ignore[index]
+        order == math.inf,
+        threads,
+    )
+    return status == 0
+
+
+def first_chunks(sizes: array[int]) -> array[int]:
+    """Where each tensor's chunks start in the list of all chunks; N + 1 entries (``"q"``)."""
+    counts = [-(-size // CHUNK) for size in sizes]
+    return array("q", itertools.accumulate(counts, initial=0))
+
+
+@functools.cache
+def available() -> Callable[..., int] | None:
+    """The kernel, compiled at the first call; ``None`` if that fails. It is tried once."""
+    import ctypes
+
+    from compileclip.lowering import native
+
+    try:
+        function: Any = native.load(_SOURCE).compileclip_norm
+    except (native.CompilerError, OSError):
+        return None
+    size, pointer, integer = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+    function.argtypes = [pointer, integer, size, *[pointer] * 4, integer, integer, integer]
+    function.restype = integer
+    kernel: Callable[..., int] = function
+    return kernel
+
+
+def _runs_for_real() -> bool:
+    """Whether an operation on plain tensors computes: nothing traces, nothing intercepts it."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and not torch.compiler.is_compiling()
+        and os.environ.get("COMPILECLIP_DISABLE") != "1"
+    )
