@@ -5,8 +5,9 @@ program; a full block of aligned tensors runs without masks, so that its loads a
 and every other block with them. The host's scalars are kernel arguments annotated as float64,
 which Triton neither rounds nor specialises on: nothing is compiled again when they change.
 
-Rounding is that of ATen's CUDA kernels as their source reads in torch 2.13 (nvcc contracts a
-product and a sum within one functor, division and square root are IEEE's, subnormals are kept):
+Rounding is meant to be that of ATen's CUDA kernels, by their source (``DeviceAddCmulCdiv.cuh``,
+``Lerp.h``, ``BinaryDivTrueKernel.cu``, ``PowKernel.cu``) and nvcc's defaults: it contracts a product
+and a sum within one functor, division and square root are IEEE's, subnormals are kept. So:
 
 * ``add``, ``sub``, ``rsub`` with alpha: ``fma(alpha, b, a)``
 * ``lerp``: ``fma(weight, b - a, a)`` where ``|weight| < 0.5``, else ``fma(b - a, weight - 1, b)``
