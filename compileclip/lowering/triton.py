@@ -6,8 +6,8 @@ and every other block with them. The host's scalars are kernel arguments annotat
 which Triton neither rounds nor specialises on: nothing is compiled again when they change.
 
 Rounding is meant to be that of ATen's CUDA kernels, by their source (``DeviceAddCmulCdiv.cuh``,
-``Lerp.h``, ``BinaryDivTrueKernel.cu``, ``PowKernel.cu``) and nvcc's defaults: it contracts a product
-and a sum within one functor, division and square root are IEEE's, subnormals are kept. So:
+``Lerp.h``, ``BinaryDivTrueKernel.cu``, ``PowKernel.cu``) and nvcc's defaults: a product and a sum
+within one functor are contracted, division and square root are IEEE's, subnormals are kept. So:
 
 * ``add``, ``sub``, ``rsub`` with alpha: ``fma(alpha, b, a)``
 * ``lerp``: ``fma(weight, b - a, a)`` where ``|weight| < 0.5``, else ``fma(b - a, weight - 1, b)``
