@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from compileclip import eager
+from compileclip.modes import Modes
 from compileclip.settings import ClipSettings
 
 _HEADERS = ("group", "device", "dtype", "tensors", "elements", "mode", "update", "scale", "bytes")
@@ -27,30 +28,30 @@ _EXTRA_GRADIENT_PASSES = {
 }
 
 
-def explain(optimizer: Optimizer, settings: ClipSettings, refusal: str | None) -> str:
+def explain(optimizer: Optimizer, settings: ClipSettings, modes: Modes) -> str:
     """Describe, bucket by bucket, what a step of ``optimizer`` under ``settings`` does.
 
-    A bucket holds the parameters of one group that share device and dtype.
+    A bucket holds the parameters of one group that share device, dtype and mode.
 
     Args:
         optimizer: the wrapped optimizer.
         settings: how it clips.
-        refusal: why ``mode="inductor"`` does not compile the step; None if it does.
+        modes: what it steps with.
 
     Returns:
         A table. ``bytes`` counts what must be read and written per element: gradients for the
         norm, the scale and the update, parameters and state for the update. An update that is not
         fused moves more, for its intermediate results.
     """
-    compiled = settings.mode == "inductor" and refusal is None
-    mode = "inductor" if compiled else "eager"
     rows = []
     for index, group in enumerate(optimizer.param_groups):
-        buckets: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+        buckets: defaultdict[tuple[torch.device, torch.dtype, str], list[Tensor]]
+        buckets = defaultdict(list)
         for p in group["params"]:
-            buckets[p.device, p.dtype].append(p)
-        update = "compiled" if compiled else _update(group)
-        for (device, dtype), params in buckets.items():
+            buckets[p.device, p.dtype, modes.taken(settings, p)].append(p)
+        for (device, dtype, mode), params in buckets.items():
+            compiled = mode != "eager"
+            update = "compiled" if compiled else _update(group)
             scale = _scale(optimizer, settings, dtype, compiled)
             elements = sum(p.numel() for p in params)
             moved = _bytes_per_element(optimizer, params, scale)
@@ -67,10 +68,9 @@ def explain(optimizer: Optimizer, settings: ClipSettings, refusal: str | None) -
         "bytes: read and written per element"
         + ("" if optimizer.state else "; the state is counted after the first step"),
     ]
-    if refusal is not None:
-        lines.append(f"why eager: {refusal}")
-    elif not compiled:
-        lines.append('why eager: mode="auto" is eager so far; mode="inductor" compiles the step')
+    why = modes.why_eager(settings)
+    if why is not None:
+        lines.append(f"why eager: {why}")
     if settings.nonfinite == "raise":
         lines.append('nonfinite="raise": each step waits for the norm')
     elif settings.nonfinite == "skip" and not eager.takes_grad_scale(optimizer):

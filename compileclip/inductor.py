@@ -82,6 +82,11 @@ class CompiledStep:
         warn_fallback('mode="inductor"', self.refusal.cause, self.refusal.remedy)
         return None
 
+    @property
+    def why_not(self) -> tuple[str, str] | None:
+        """Why the step is not compiled (any more), and what helps; None if it is."""
+        return None if self.refusal is None else (self.refusal.cause, self.refusal.remedy)
+
     def _check(self, params: Sequence[Tensor]) -> None:
         if any(is_sharded(p) for p in params):
             raise CannotCompileError("a parameter is a DTensor", "use mode='eager'")

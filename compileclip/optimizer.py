@@ -9,18 +9,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from compileclip import eager
+from compileclip.modes import Modes
 from compileclip.settings import ClipSettings
-from compileclip.traced import StandIn, can_undo, stand_in, traced_step
-
-if TYPE_CHECKING:
-    from compileclip.inductor import CompiledStep
+from compileclip.traced import StandIn, stand_in, traced_step
 
 
 def wrap(
@@ -53,9 +51,11 @@ def wrap(
             one gradient) at a time for torch's optimizers, and all gradients at once for another
             class, whose step must not be split. ``None``: whichever is cheaper, so do not read
             ``p.grad`` after the step.
-        mode: ``"eager"``; ``"inductor"``, which compiles the optimizer's own step with norm and
-            scale fused into the update, and goes eager with one ``FallbackWarning`` where that
-            cannot be; or ``"auto"``, which is eager so far.
+        mode: ``"multi_tensor"``, one kernel for all parameters of a kind, for pointwise optimizers
+            on a CPU; ``"inductor"``, which compiles the optimizer's own step with norm and scale
+            fused into the update; ``"eager"``. A mode asked for by name goes eager with one
+            ``FallbackWarning`` where it cannot be. ``"auto"`` is the first where it serves, and
+            eager elsewhere.
 
     Returns:
         A ``ClippedOptimizer``.
@@ -64,7 +64,6 @@ def wrap(
         TypeError: ``optimizer`` is no optimizer, or a number is not one.
         ValueError: a value is out of its range, ``optimizer`` is wrapped already, or its step needs
             a closure (``LBFGS``).
-        NotImplementedError: a mode that this version does not have.
     """
     settings = ClipSettings(max_norm, norm_type, nonfinite, write_grads, mode)
     return ClippedOptimizer(optimizer, settings)
@@ -85,7 +84,7 @@ class ClippedOptimizer(Optimizer):
     optimizer: Optimizer
     _stand_in: StandIn
     _settings: ClipSettings
-    _compiled: CompiledStep | None
+    _modes: Modes
 
     def __init__(self, optimizer: Optimizer, settings: ClipSettings) -> None:
         _check_optimizer(optimizer)
@@ -122,9 +121,7 @@ class ClippedOptimizer(Optimizer):
         # A GradScaler leaves these on an optimizer that unscales by itself.
         scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
         grads = eager.Gradients(eager.params_with_grad(self.optimizer), scale, found_inf)
-        if not self._compiled_update(grads):
-            self.total_norm = grads.total_norm(self.norm_type)
-            eager.update(self.optimizer, self._settings, grads, self.total_norm)
+        self._modes.step(self._settings, grads, self._report)
         # A scheduler made before wrapping watches the wrapped optimizer's step through this.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         return loss
@@ -161,26 +158,8 @@ class ClippedOptimizer(Optimizer):
             return 'nonfinite="skip" decides on the host here, as the step may make new state'
         return None
 
-    def _compiled_update(self, grads: eager.Gradients) -> bool:
-        """Clip and update in one graph; False where that cannot be and nothing has changed."""
-        scaled = grads.grad_scale is not None or grads.found_inf is not None
-        if self.mode != "inductor" or not grads.params or scaled:
-            return False
-        if self._compiled is None:
-            from compileclip.inductor import CompiledStep  # it loads the compiler
-
-            self._compiled = CompiledStep(self.optimizer)
-        norm = None
-        in_graph = self.nonfinite == "skip" and can_undo(self.optimizer)
-        if self.nonfinite != "propagate" and not in_graph:
-            norm = self.total_norm = grads.total_norm(self.norm_type)
-            if not eager.may_step(self.optimizer, self._settings, grads, norm):
-                return True
-        if self.write_grads is True:
-            eager.make_writable(grads.params)
-        norm = self._compiled.run(self._settings, grads.params, norm)
-        self.total_norm = self.total_norm if norm is None else norm
-        return norm is not None
+    def _report(self, norm: Tensor) -> None:
+        self.total_norm = norm
 
     @property
     def max_norm(self) -> float | None:
@@ -215,9 +194,7 @@ class ClippedOptimizer(Optimizer):
         """A table of what a step does: per bucket its mode, size, scaling and bytes moved."""
         from compileclip.explain import explain  # tabulate is not needed for training
 
-        refusal = self._compiled.refusal if self._compiled is not None else None
-        cause = None if refusal is None else refusal.cause
-        return explain(self.optimizer, self._settings, cause)
+        return explain(self.optimizer, self._settings, self._modes)
 
     # What belongs to the wrapped optimizer.
 
@@ -294,7 +271,7 @@ class ClippedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.optimizer = state["optimizer"]
         self._settings = state["settings"]
-        self._compiled = None
+        self._modes = Modes(self.optimizer)
         self._stand_in = stand_in(self.optimizer)
         self.total_norm = state["total_norm"]
         for name, value in vars(self.optimizer).items():

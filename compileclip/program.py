@@ -26,7 +26,7 @@ class Program:
 
     Attributes:
         graph: the operations.
-        stored: the names of the operands that take the graph's outputs, in their order.
+        stored: the operands, by ``node.name``, that take the graph's outputs, in their order.
     """
 
     graph: Graph

@@ -16,7 +16,6 @@ class ClipSettings:
     Raises:
         TypeError: a number is not one.
         ValueError: a value is out of its range.
-        NotImplementedError: a mode that this version does not have.
     """
 
     max_norm: float | None
@@ -37,11 +36,6 @@ class ClipSettings:
             raise ValueError(f"write_grads={self.write_grads!r}; choose from None, True, False")
         if self.mode not in MODES:
             raise ValueError(f"mode={self.mode!r} is unknown; choose from {MODES}")
-        if self.mode == "multi_tensor":
-            raise NotImplementedError(
-                'mode="multi_tensor" does not exist in this version; use mode="eager", '
-                'mode="inductor", or mode="auto", which is eager so far'
-            )
 
 
 def _number(name: str, value: object) -> float:

@@ -132,11 +132,18 @@ def raw_step(optimizer: Optimizer) -> Any:
     return step.__wrapped__ if step.__code__.co_name == "_use_grad" else step
 
 
-def initialize_state(optimizer: Optimizer) -> int:
+def initialize_state(optimizer: Optimizer, with_grad: bool = False) -> int:
     """Make the state that the first step would make, as far as the class has a function for it.
 
     A graph that makes state is another one than that of all later steps. Groups on a GPU become
     capturable, as torch.compile makes them, for their step counts to be on the device.
+
+    Args:
+        optimizer: whose state is made.
+        with_grad: of those parameters only that have a gradient.
+
+    Returns:
+        The number of parameters that have state now and had none.
     """
     function = getattr(type(optimizer), "_init_group", None)
     made = 0
@@ -145,7 +152,11 @@ def initialize_state(optimizer: Optimizer) -> int:
     function = getattr(function, "_torchdynamo_orig_callable", function)
     lists = len(inspect.signature(function).parameters) - 2
     for group in optimizer.param_groups:
-        fresh = [p for p in group["params"] if p.requires_grad and not optimizer.state.get(p)]
+        fresh = [
+            p
+            for p in group["params"]
+            if (p.grad is not None if with_grad else p.requires_grad) and not optimizer.state.get(p)
+        ]
         if not fresh:
             continue
         if "capturable" in group and any(p.is_cuda for p in fresh):

@@ -79,7 +79,7 @@ class InsertNormAndScale:
         with graph.inserting_before(marker):
             norm = given or _call(graph, OPS.total_norm.default, list(gradients), self.norm_type)
             if self.clip:
-                coef = _clip_coef(graph, max_norm, norm, _norm_dtype(gradients))
+                coef = _clip_coef(graph, max_norm, norm)
                 if self.skip:
                     finite = _call(graph, torch.isfinite, norm)
                     one = _call(graph, ATEN.full_like.default, coef, 1.0)
@@ -94,8 +94,9 @@ class InsertNormAndScale:
         return len(readers) if self.clip else 0
 
 
-def _clip_coef(graph: Graph, max_norm: Node, norm: Node, dtype: torch.dtype) -> Node:
+def _clip_coef(graph: Graph, max_norm: Node, norm: Node) -> Node:
     """``min(1, max_norm / (total_norm + 1e-6))``, by a reciprocal and a product as in torch."""
+    dtype = norm.meta["example_value"].dtype
     bound = _call(graph, ATEN._to_copy.default, max_norm, dtype=dtype)
     reciprocal = _call(graph, ATEN.reciprocal.default, _call(graph, ATEN.add.Scalar, norm, 1e-6))
     product = _call(graph, ATEN.mul.Tensor, reciprocal, bound)
@@ -112,10 +113,6 @@ def _scale(graph: Graph, gradient: Node, coef: Node, stored: bool) -> Node:
     if dtype in reference.HALF:
         product = _call(graph, ATEN._to_copy.default, product, dtype=dtype)
     return _call(graph, ATEN.copy_.default, gradient, product) if stored else product
-
-
-def _norm_dtype(gradients: Sequence[Node]) -> torch.dtype:
-    return reference.norm_dtype([g.meta["example_value"] for g in gradients])
 
 
 def _call(graph: Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:

@@ -39,7 +39,10 @@ class Run:
         # The last layer joins by add_param_group.
         self.optimizer = make(list(self.model[:4].parameters()))
         if wrapped:
-            self.optimizer = compileclip.wrap(self.optimizer, MAX_NORM, **options)
+            # Eager, to be compared bit by bit.
+            self.optimizer = compileclip.wrap(
+                self.optimizer, MAX_NORM, **{"mode": "eager", **options}
+            )
         self.scheduler = scheduler(self.optimizer) if scheduler else None
         self.norms: list[Tensor] = []
 

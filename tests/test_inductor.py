@@ -85,7 +85,7 @@ def test_every_optimizer(info: Any, kwargs: Any, dtype: torch.dtype) -> None:
     )
     print(f"observed {worst:.1e}")
     assert worst <= (MUON if info.name == "Muon" else TOLERANCES[dtype])
-    assert ours._compiled.compilations <= 2
+    assert ours._modes.compiled.compilations <= 2
 
 
 def assert_one_fallback(caught: list[Any], cause: str) -> None:
@@ -153,7 +153,7 @@ def test_compilations_with_a_changing_learning_rate_and_max_norm() -> None:
             for run in (ours, theirs):
                 run.optimizer.max_norm = 0.5 + 0.01 * step
                 run.step(step)
-    assert ours.optimizer._compiled.compilations == 2
+    assert ours.optimizer._modes.compiled.compilations == 2
     assert largest_difference(ours.model.parameters(), theirs.model.parameters()) < 2e-4
     assert largest_difference(ours.norms, theirs.norms) < 1e-3
 
@@ -175,7 +175,7 @@ def test_compilations_with_cycling_betas(foreach: bool) -> None:
             ours.step(step)
             theirs.step(step)
     # Constant, then the learning rate variable, then the betas too.
-    assert ours.optimizer._compiled.compilations <= 3
+    assert ours.optimizer._modes.compiled.compilations <= 3
     assert largest_difference(ours.model.parameters(), theirs.model.parameters()) < 1e-4
 
 
@@ -287,7 +287,7 @@ def test_falls_back_to_eager_with_one_warning(make: Any, prepare: Any, cause: st
                     prepare(o)
                 o.step()
     assert_one_fallback(caught, cause)
-    assert f"why eager: {opt._compiled.refusal.cause}" in opt.explain()
+    assert f"why eager: {opt._modes.compiled.refusal.cause}" in opt.explain()
     assert_same_optimizer(opt, twin)
     assert torch.equal(opt.total_norm, twin.total_norm)
 

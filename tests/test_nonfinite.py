@@ -32,7 +32,7 @@ FUSED = [name for name in OPTIMIZERS if name.endswith("fused")]
 def make(name: str, **options: Any) -> Any:
     torch.manual_seed(0)
     params = params_like([(3, 3), (4, 2)])
-    return compileclip.wrap(OPTIMIZERS[name](params), 1.0, **options)
+    return compileclip.wrap(OPTIMIZERS[name](params), 1.0, mode="eager", **options)
 
 
 def params_of(opt: Optimizer) -> list[Any]:

@@ -34,7 +34,8 @@ def test_wheel_has_all_and_works(tmp_path: Path) -> None:
     subprocess.run([*build, "-w", str(tmp_path), str(source)], check=True)
     (wheel,) = tmp_path.glob("compileclip-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    modules = {f"compileclip/{p.name}" for p in (source / "compileclip").iterdir()}
+    whole = source / "compileclip"
+    modules = {str(p.relative_to(source)) for p in whole.rglob("*") if p.is_file()}
     modules |= {f"compileclip/passes/{p.name}" for p in (source / "passes").iterdir()}
     assert {n for n in names if not n.split("/")[0].endswith(".dist-info")} == modules
     assert "compileclip/py.typed" in modules

@@ -47,7 +47,7 @@ def load(source: str) -> ctypes.CDLL:
     """
     compiler = find_compiler()
     key = hashlib.sha256("\0".join((source, compiler, *OPTIONS, _machine())).encode()).hexdigest()
-    folder = _folder()
+    folder = cache_folder()
     path = folder / f"{key[:40]}.so"
     if path.exists():
         with contextlib.suppress(OSError):  # truncated, or of another machine
@@ -91,7 +91,7 @@ def _compile(compiler: str, source: str, scratch: Path) -> Path:
     return made
 
 
-def _folder() -> Path:
+def cache_folder() -> Path:
     """A folder that can be written: torch's own, or one of this process's."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 

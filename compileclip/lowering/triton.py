@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compileclip.lowering.native import _folder
+from compileclip.lowering.native import cache_folder
 from compileclip.lowering.triton_ops import statements, to_dtype, triton_type, variable
 from compileclip.program import Program, dtype_of
 
@@ -180,7 +180,7 @@ def _block(
 def load(text: str) -> ModuleType:
     """The module of a source; Triton reads the file again, so it stays in torch's cache."""
     key = hashlib.sha256(text.encode()).hexdigest()[:40]
-    path = _folder() / f"{key}.py"
+    path = cache_folder() / f"{key}.py"
     if not path.exists() or path.read_text() != text:  # the latter: cut short
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="making-") as scratch:
             made = Path(scratch) / path.name

@@ -1,0 +1,256 @@
+"""Sort parameters into buckets: those that one program serves with the same scalars."""
+
+from __future__ import annotations
+
+import operator
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, chain, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from compileclip.lowering import CHUNK
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class StaleError(Exception):
+    """Parameters, gradients or state are no longer what a bucket was made of."""
+
+
+class NotServedError(ValueError):
+    """A parameter cannot be in a bucket; the message says why."""
+
+
+@dataclass
+class Bucket:
+    """Parameters of one group with the same dtypes and the same kinds and numbers of state.
+
+    Attributes:
+        group: index of the parameter group.
+        params: the parameters, each dense and with a gradient.
+        places: their places among all parameters with a gradient.
+        states: the state of each.
+        dtypes: of the operands: "param", "grad", and the state of the parameter's shape.
+        counts: the 0-dim tensors of the state, per name all parameters' in one buffer.
+        numbers: the names of the state that is numbers.
+    """
+
+    group: int
+    params: list[Tensor]
+    places: list[int]
+    states: list[dict[str, Any]]
+    dtypes: dict[str, torch.dtype]
+    counts: dict[str, Tensor] = field(default_factory=dict)
+    numbers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.sizes, self.first_chunk = chunks(self.params)
+        self._strides = list(map(Tensor.stride, self.params))
+        self._share_counts()
+
+    def operands(
+        self, grads: Sequence[Tensor], optimizer_state: Mapping[Tensor, dict[str, Any]]
+    ) -> tuple[list[array[int]], list[Any]]:
+        """The data pointers of each operand's tensors, in the order of ``dtypes``.
+
+        Args:
+            grads: the gradients of ``params``.
+            optimizer_state: the state as the optimizer has it now.
+
+        Returns:
+            The pointers, and pairs of a gradient and its copy in its parameter's layout, for
+            gradients that have another one. The copies must outlive the use of the pointers.
+
+        Raises:
+            StaleError: sort the parameters anew.
+        """
+        if not all(map(operator.is_, map(optimizer_state.get, self.params), self.states)):
+            raise StaleError
+        columns = [self._column(name) for name in self._kept]
+        for now, before in zip(columns, self._columns, strict=True):
+            if not all(map(operator.is_, now, before)):
+                raise StaleError
+        if any(buffer._version != version for buffer, version in self._versions):
+            raise StaleError
+        for tensors in (self.params, grads):
+            if array("q", map(Tensor.numel, tensors)) != self.sizes:
+                raise StaleError
+        if list(map(Tensor.stride, self.params)) != self._strides:
+            raise StaleError
+        copies = []
+        if list(map(Tensor.stride, grads)) != self._strides:
+            grads = list(grads)
+            for i, (p, grad) in enumerate(zip(self.params, grads, strict=True)):
+                if grad.stride() != p.stride():
+                    grads[i] = torch.empty_like(p, dtype=grad.dtype).copy_(grad)
+                    copies.append((grad, grads[i]))
+        tensors_of = {"param": self.params, "grad": grads, **dict(self._by_name(columns))}
+        return [array("Q", map(Tensor.data_ptr, tensors_of[n])) for n in self.dtypes], copies
+
+    def extended(self, made: Mapping[str, Any]) -> Bucket:
+        """This bucket with state that a step has made, allocated for each parameter.
+
+        Args:
+            made: by name, what a shadow has as new state.
+        """
+        dtypes, counts, numbers = dict(self.dtypes), dict(self.counts), list(self.numbers)
+        for name, value in made.items():
+            if isinstance(value, Tensor) and value.dim() > 0:
+                dtypes[name] = value.dtype
+            elif isinstance(value, Tensor):
+                counts[name] = value
+            else:
+                numbers.append(name)
+            for p, state in zip(self.params, self.states, strict=True):
+                whole = name in dtypes
+                state[name] = torch.empty_like(p, dtype=value.dtype) if whole else copy(value)
+        return replace(self, dtypes=dtypes, counts=counts, numbers=tuple(numbers))
+
+    def advance(self, state: dict[str, Any]) -> None:
+        """Take over what a step left in the leader's ``state``: step counts and the like."""
+        for name, buffer in self.counts.items():
+            buffer.fill_(state[name])
+        for name in self.numbers:
+            for other in self.states:
+                other[name] = state[name]
+        self._versions = [(buffer, buffer._version) for buffer in self.counts.values()]
+
+    @property
+    def known(self) -> set[str]:
+        """The names of the state."""
+        return {*self.dtypes, *self.counts, *self.numbers}
+
+    @property
+    def leader(self) -> dict[str, Any]:
+        """What a shadow needs of the state besides operands."""
+        first = self.states[0]
+        return {name: first[name] for name in (*self.counts, *self.numbers)}
+
+    @property
+    def _kept(self) -> list[str]:
+        state = [name for name in self.dtypes if name not in ("param", "grad")]
+        return [*state, *self.counts]
+
+    def _column(self, name: str) -> list[Any]:
+        try:
+            return [state[name] for state in self.states]
+        except KeyError:
+            raise StaleError from None
+
+    def _by_name(self, columns: list[list[Tensor]]) -> Iterator[tuple[str, list[Tensor]]]:
+        return zip(self._kept, columns, strict=True)
+
+    def _share_counts(self) -> None:
+        """Make the 0-dim tensors of each name views of one buffer, which one call fills."""
+        for name in self.counts:
+            first = self.states[0][name]
+            buffer = first if len(self.states) == 1 else first.new_full((len(self.states),), first)
+            if len(self.states) > 1:
+                for state, view in zip(self.states, buffer.unbind(), strict=True):
+                    state[name] = view
+            self.counts[name] = buffer
+        self._columns = [self._column(name) for name in self._kept]
+        self._versions = [(buffer, buffer._version) for buffer in self.counts.values()]
+
+
+def chunks(tensors: Sequence[Tensor]) -> tuple[array[int], array[int]]:
+    """The sizes of ``tensors`` in elements, and the number of chunks before each and in all."""
+    sizes = array("q", map(Tensor.numel, tensors))
+    counts = ((size + CHUNK - 1) // CHUNK for size in sizes)
+    return sizes, array("q", accumulate(counts, initial=0))
+
+
+def sort(
+    optimizer: Optimizer, params: Sequence[Tensor]
+) -> tuple[list[Bucket], list[tuple[Tensor, str]]]:
+    """Sort ``params``, which have gradients, into buckets.
+
+    Returns:
+        The buckets, and each parameter that is in none with the reason.
+    """
+    group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    found: dict[Any, Bucket] = {}
+    refused: list[tuple[Tensor, str]] = []
+    members: dict[Any, list[tuple[int, Tensor]]] = {}
+    kinds: dict[Any, tuple[dict[str, torch.dtype], dict[str, Any], tuple[str, ...]]] = {}
+    for place, p in enumerate(params):
+        try:
+            key, kind = _kind(p, optimizer.state.get(p, {}), group_of[p])
+        except NotServedError as reason:
+            refused.append((p, str(reason)))
+            continue
+        members.setdefault(key, []).append((place, p))
+        kinds[key] = kind
+    if _overlap([p for m in members.values() for _, p in m], optimizer):
+        return [], [(p, "parameters or their state share memory") for p in params]
+    for key, pairs in members.items():
+        dtypes, counts, numbers = kinds[key]
+        places, tensors = [i for i, _ in pairs], [p for _, p in pairs]
+        states = [optimizer.state[p] for p in tensors]
+        found[key] = Bucket(key[0], tensors, places, states, dtypes, dict(counts), numbers)
+    return list(found.values()), refused
+
+
+def _kind(p: Tensor, state: dict[str, Any], group: int) -> Any:
+    """A key that all parameters of a bucket share, and what a bucket is made of."""
+    if type(p) not in (Tensor, torch.nn.Parameter):
+        raise NotServedError(f"a parameter is a {type(p).__name__}")
+    if p.device.type != "cpu":
+        raise NotServedError(f"a parameter lies on {p.device}")
+    if p.dim() == 0:
+        raise NotServedError("a parameter is 0-dim")
+    grad = p.grad
+    assert grad is not None
+    if grad.layout != torch.strided or type(grad) is not Tensor:
+        raise NotServedError("a gradient is sparse or no plain tensor")
+    if p.dtype not in DTYPES or grad.dtype not in DTYPES or not _is_dense(p):
+        raise NotServedError(f"a parameter is {p.dtype}, or not dense in memory")
+    dtypes = {"param": p.dtype, "grad": grad.dtype}
+    counts: dict[str, Any] = {}
+    numbers: list[tuple[str, Any]] = []
+    for name, value in state.items():
+        if isinstance(value, bool | int | float | None):
+            numbers.append((name, value))
+        elif not isinstance(value, Tensor) or name in dtypes:
+            raise NotServedError(f"the state {name!r} is a {type(value).__name__}")
+        elif value.dim() == 0 and value.device.type == "cpu":
+            counts[name] = value
+        elif value.shape == p.shape and value.stride() == p.stride() and value.dtype in DTYPES:
+            if value.device != p.device or type(value) is not Tensor:
+                raise NotServedError(f"the state {name!r} lies elsewhere")
+            dtypes[name] = value.dtype
+        else:
+            raise NotServedError(f"the state {name!r} is not shaped as its parameter")
+    values = tuple((name, v.dtype, v.item()) for name, v in counts.items())
+    key = (group, tuple(dtypes.items()), values, tuple(numbers))
+    return key, (dtypes, counts, tuple(name for name, _ in numbers))
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their memory without gaps or overlaps, in whatever order."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _overlap(params: Sequence[Tensor], optimizer: Optimizer) -> bool:
+    """Whether two tensors that a step writes share memory."""
+    states = (
+        v
+        for p in params
+        for v in optimizer.state.get(p, {}).values()
+        if isinstance(v, Tensor) and v.dim() > 0
+    )
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in chain(params, states))
+    return any(end > start for (_, end), (start, _) in pairwise(spans))

@@ -1,0 +1,306 @@
+"""Record what an optimizer's step does to one parameter, and make a program of it.
+
+The optimizer's own, unmodified step runs on a *shadow*: an object of its class with its
+hyperparameters, one tiny parameter and ``foreach=False, fused=False``. A ``TorchDispatchMode`` sees
+the operations: those on tensors of the parameter's shape are the program, the Python numbers in
+them are this step's scalars. A step that does the same again costs only the recording, in which
+a replay runs no operation, so hyperparameters may change at every step and Python takes whatever
+branch it takes.
+
+Refused are operations that are not pointwise, for a shadow's sum is not its parameter's, and steps
+that differ between shadows of different shapes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from compileclip.traced import raw_step
+
+ATEN = torch.ops.aten
+SHAPES = ((2, 3), (5,))  # a step is the same for both, or refused
+# Not tagged as pointwise, but each element of the result depends on the same element alone.
+POINTWISE = {
+    ATEN.clone.default,
+    ATEN.copy_.default,
+    ATEN.detach.default,
+    ATEN.alias.default,
+    ATEN._to_copy.default,
+    ATEN.lift_fresh.default,
+    ATEN.index_put_.default,  # by a mask
+    *(getattr(ATEN, f"{name}_like").default for name in ("zeros", "ones", "full", "empty")),
+}
+CONSTANTS = {ATEN.pow.Tensor_Scalar, ATEN.pow_.Scalar}  # another exponent is another operation
+
+
+class NotPointwiseError(ValueError):
+    """A step cannot become a program; the message says why."""
+
+
+class ChangedError(Exception):
+    """A step does not do what the one before did."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operation of a step.
+
+    ``leaves`` has an entry for each argument, those in lists one by one: the operand's number, or
+    ``SCALAR``, or ``(value,)`` of a constant. The last of them are keywords, called ``names``.
+    """
+
+    func: OpOverload
+    leaves: tuple[Any, ...]
+    names: tuple[str, ...]
+    out: int
+
+
+SCALAR = "scalar"
+
+
+@dataclass
+class Recording:
+    """A step's operations.
+
+    Attributes:
+        calls: the operations, with operands by number; equal for steps that do the same.
+        before: the number of each operand that there was before the step.
+        after: the number of the tensor that each operand is after the step, new state included.
+        scalars: the floats of this step.
+        tensors: per call, the shadow's own tensors: its leaves (None where no operand) and result.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    before: dict[str, int] = field(default_factory=dict)
+    after: dict[str, int] = field(default_factory=dict)
+    scalars: list[float] = field(default_factory=list)
+    tensors: list[tuple[tuple[Tensor | None, ...], Tensor]] = field(default_factory=list)
+
+
+class Shadow:
+    """Stands for all parameters of a bucket.
+
+    Attributes:
+        tensors: the tiny operands: "param", "grad", and state.
+        state: what the last step left as state.
+        changes: what the last step changed in the parameter group.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        dtypes: Mapping[str, torch.dtype],
+        shape: tuple[int, ...] = SHAPES[0],
+    ) -> None:
+        """Make it for ``optimizer``, with operands of ``dtypes`` and of ``shape``."""
+        self.tensors = {name: torch.ones(shape, dtype=dtype) for name, dtype in dtypes.items()}
+        self._param = self.tensors["param"] = torch.nn.Parameter(self.tensors["param"])
+        self._param.grad = self.tensors["grad"]
+        self._tiny = {k: v for k, v in self.tensors.items() if k not in ("param", "grad")}
+        self.state: dict[str, Any] = {}
+        self.changes: dict[str, Any] = {}
+        self._real = optimizer
+        self._raw_step = raw_step(optimizer)
+        self._optimizer: Any = object.__new__(type(optimizer))
+
+    def step(self, group: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+        """Run the optimizer's own step on the tiny parameter.
+
+        Args:
+            group: the parameter group, whose hyperparameters count.
+            others: the state that is no operand; its 0-dim tensors are written to.
+
+        Raises:
+            NotPointwiseError: the step changes an attribute of the optimizer.
+        """
+        own = {k: False for k in ("foreach", "fused") if k in group} | {"params": [self._param]}
+        given = {**group, **own}
+        state = {**self._tiny, **others}
+        attributes = {**vars(self._real), "param_groups": [dict(given)]}
+        attributes["state"] = defaultdict(dict, {self._param: state} if state else {})
+        self._optimizer.__dict__ = dict(attributes)
+        with torch.no_grad():
+            self._raw_step(self._optimizer)
+        after = self._optimizer.__dict__
+        changed = [k for k in after if after[k] is not attributes.get(k)]
+        if changed:
+            raise NotPointwiseError(f"the step changes the optimizer's {changed[0]!r}")
+        self.state = dict(after["state"][self._param])
+        now = after["param_groups"][0]
+        self.changes = {k: v for k, v in now.items() if v is not given.get(k)}
+
+
+def record(shadow: Shadow, group: Mapping[str, Any], others: Mapping[str, Any]) -> Recording:
+    """Run the shadow's step and record it.
+
+    Raises:
+        NotPointwiseError: the step does something that is no pointwise operation.
+    """
+    recorder = _Recorder(shadow.tensors)
+    with recorder:
+        shadow.step(group, others)
+    return recorder.finish(shadow)
+
+
+def replay(
+    shadow: Shadow, recording: Recording, group: Mapping[str, Any], others: Mapping[str, Any]
+) -> list[float]:
+    """Run the shadow's step without its operations, to learn the scalars of this step.
+
+    Raises:
+        ChangedError: the step does not do what was recorded.
+    """
+    mode = _Replay(recording)
+    with mode:
+        shadow.step(group, others)
+    return mode.finish()
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.recording = Recording()
+        self._shape = tensors["param"].shape
+        self._numbers: dict[int, int] = {}
+        for name, tensor in tensors.items():
+            self.recording.before[name] = self._number(tensor)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        leaves = list(_leaves(args, kwargs or {}))
+        mine = [isinstance(a, Tensor) and _storage(a) in self._numbers for a in leaves]
+        out = func(*args, **(kwargs or {}))
+        if not any(mine) and not (isinstance(out, Tensor) and out.shape == self._shape):
+            return out  # on the host: step counts and what is computed of them
+        if func not in POINTWISE and torch.Tag.pointwise not in functional(func).tags:
+            raise NotPointwiseError(f"{func} is not pointwise")
+        if not isinstance(out, Tensor) or out.shape != self._shape:
+            raise NotPointwiseError(f"{func} changes the shape")
+        found = [self._leaf(func, a, m) for a, m in zip(leaves, mine, strict=True)]
+        tensors = tuple(a if m else None for a, m in zip(leaves, mine, strict=True))
+        self.recording.calls.append(
+            Call(func, tuple(found), tuple(kwargs or ()), self._number(out))
+        )
+        self.recording.tensors.append((tensors, out))
+        return out
+
+    def _leaf(self, func: OpOverload, leaf: Any, mine: bool) -> Any:
+        if mine:
+            if leaf.shape != self._shape:
+                raise NotPointwiseError(f"{func} takes a part of a tensor")
+            return self._number(leaf)
+        if func in CONSTANTS or not _is_number(leaf):
+            if isinstance(leaf, Tensor):
+                raise NotPointwiseError(f"{func} takes a tensor that is no state")
+            return (leaf,)
+        self.recording.scalars.append(_number_of(leaf))
+        return SCALAR
+
+    def _number(self, tensor: Tensor) -> int:
+        return self._numbers.setdefault(_storage(tensor), len(self._numbers))
+
+    def finish(self, shadow: Shadow) -> Recording:
+        self.recording.after = dict(self.recording.before)
+        for name, value in shadow.state.items():
+            if isinstance(value, Tensor) and value.dim() > 0:
+                if _storage(value) not in self._numbers or value.shape != self._shape:
+                    raise NotPointwiseError(f"the state {name!r} is not computed from operands")
+                self.recording.after[name] = self._number(value)
+        return self.recording
+
+
+class _Replay(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # Dynamo never sees it; the wrapper that keeps Dynamo out doubles the time
+
+    def __init__(self, recording: Recording) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.scalars: list[float] = []
+        self._expected = list(zip(recording.calls, recording.tensors, strict=True))
+        self._next = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if self._next < len(self._expected):
+            call, (tensors, out) = self._expected[self._next]
+            if func is call.func and self._matches(call, tensors, args, kwargs):
+                self._next += 1
+                return out
+        leaves = [a for a in _leaves(args, kwargs or {}) if isinstance(a, Tensor)]
+        if any(a.dim() > 0 for a in leaves):
+            raise ChangedError
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dim() > 0:
+            raise ChangedError
+        return result
+
+    def _matches(
+        self, call: Call, tensors: tuple[Tensor | None, ...], args: tuple[Any, ...], kwargs: Any
+    ) -> bool:
+        start = len(self.scalars)
+        leaves = _leaves(args, kwargs) if kwargs or any(isinstance(a, list) for a in args) else args
+        for leaf, kind, tensor in zip(leaves, call.leaves, tensors, strict=False):
+            if tensor is not None:
+                same = leaf is tensor
+            elif kind is SCALAR:
+                same = True
+                self.scalars.append(_number_of(leaf))
+            else:
+                same = leaf is kind[0] or leaf == kind[0]
+            if not same:
+                del self.scalars[start:]
+                return False
+        return True
+
+    def finish(self) -> list[float]:
+        """The scalars of a step that did all that was expected."""
+        if self._next < len(self._expected):
+            raise ChangedError
+        return self.scalars
+
+
+def functional(func: OpOverload) -> OpOverload:
+    """The overload that returns what ``func`` writes: of add_.Tensor, add.Tensor."""
+    name, overload = func._schema.name.removeprefix("aten::"), func._overloadname
+    if not func._schema.is_mutable:
+        return func
+    packet = getattr(ATEN, name.removesuffix("_"), None)
+    for candidate in (overload, "default", "Tensor"):
+        found = getattr(packet, candidate, None)
+        if found is not None and not found._schema.is_mutable:
+            return found  # type: ignore[no-any-return]
+    raise NotPointwiseError(f"{func} has no functional form")
+
+
+def _leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    for argument in (*args, *kwargs.values()):
+        if isinstance(argument, list | tuple):
+            yield from argument
+        else:
+            yield argument
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _is_number(leaf: object) -> bool:
+    if isinstance(leaf, Tensor):
+        return leaf.dim() == 0 and not leaf.is_complex()
+    return isinstance(leaf, int | float) and not isinstance(leaf, bool)
+
+
+def _number_of(leaf: Any) -> float:
+    return float(leaf.item() if isinstance(leaf, Tensor) else leaf)

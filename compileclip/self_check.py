@@ -1,0 +1,132 @@
+"""A kernel's first use: does it do to copies of real parameters what eager does?"""
+
+from __future__ import annotations
+
+from array import array
+from collections import defaultdict
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from compileclip import reference
+from compileclip.buckets import Bucket, chunks
+from compileclip.capture import NotPointwiseError
+from compileclip.lowering import cpp
+from compileclip.traced import raw_step
+
+TENSORS = 3  # the smallest of a bucket
+# How far apart the two may be, relative to the largest value: ATen's own square root is off by a
+# last bit, and half precision rounds at every operation. A wrong program is farther.
+CLOSE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 4e-2, torch.float16: 4e-3}
+
+
+def check(
+    optimizer: Optimizer,
+    bucket: Bucket,
+    kernel: cpp.Kernel,
+    scalars: list[float],
+    others: dict[str, Any],
+    max_norm: Tensor,
+    norm: Tensor,
+) -> None:
+    """Run ``kernel`` and the optimizer's own step on copies of the smallest parameters.
+
+    Args:
+        optimizer: the wrapped optimizer.
+        bucket: the parameters.
+        kernel: what is to be checked.
+        scalars: of this step.
+        others: the state that is no operand, as it was before this step.
+        max_norm: 0-dim float64.
+        norm: the total norm.
+
+    Raises:
+        NotPointwiseError: they differ; nothing but copies was changed.
+    """
+    smallest = sorted(range(len(bucket.params)), key=bucket.sizes.__getitem__)[:TENSORS]
+    params = [bucket.params[i] for i in smallest]
+    states = [{k: v for k, v in bucket.states[i].items() if k in bucket.dtypes} for i in smallest]
+    clips = "norm" in {node.name for node in kernel.program.values}
+    coef = reference.clip_coef(float(max_norm), norm) if clips else None
+
+    theirs = _Copies(params, states, others)
+    if coef is not None:
+        reference.scale_([p.grad for p in theirs.params if p.grad is not None], coef)
+    theirs.step(optimizer, optimizer.param_groups[bucket.group])
+
+    ours = _Copies(params, states, others)
+    operands = kernel.program.operands
+    names = [str(node.target) for node in operands]  # a node's name may have been changed
+    columns = [ours.column(name, kernel) for name in names]
+    sizes, first_chunk = chunks(ours.params)
+    pointers = {"max_norm": max_norm.data_ptr(), "norm": norm.data_ptr()}
+    kernel(
+        [array("Q", map(Tensor.data_ptr, column)) for column in columns],
+        sizes,
+        first_chunk,
+        scalars,
+        [pointers[node.name] for node in kernel.program.values],
+        1,
+    )
+    for node, name, column in zip(operands, names, columns, strict=True):
+        if node.name not in kernel.program.stored:
+            continue
+        for mine, other in zip(column, theirs.column(name, kernel), strict=True):
+            _compare(name, mine, other)
+
+
+class _Copies:
+    """Copies of parameters with their gradients and state."""
+
+    def __init__(
+        self, params: list[Tensor], states: list[dict[str, Tensor]], others: dict[str, Any]
+    ) -> None:
+        self.params: list[Tensor] = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        for mine, p in zip(self.params, params, strict=True):
+            assert p.grad is not None
+            mine.grad = torch.empty_like(p, dtype=p.grad.dtype).copy_(p.grad)
+        self.states = [
+            {k: copy(v) if not isinstance(v, Tensor) else v.clone() for k, v in given.items()}
+            for given in ({**state, **others} for state in states)
+        ]
+
+    def step(self, optimizer: Optimizer, group: dict[str, Any]) -> None:
+        """Run the optimizer's own step on them, one tensor after the other."""
+        own = {k: False for k in ("foreach", "fused") if k in group} | {"params": self.params}
+        shadow: Any = object.__new__(type(optimizer))
+        state = {p: s for p, s in zip(self.params, self.states, strict=True) if s}
+        shadow.__dict__ = {
+            **vars(optimizer),
+            "param_groups": [{**group, **own}],
+            "state": defaultdict(dict, state),
+        }
+        with torch.no_grad():
+            raw_step(optimizer)(shadow)
+        self.states = [shadow.state[p] for p in self.params]
+
+    def column(self, name: str, kernel: cpp.Kernel) -> list[Tensor]:
+        """The tensors of an operand; those of new state are empty."""
+        if name == "param":
+            return [p.detach() for p in self.params]
+        if name == "grad":
+            return [p.grad for p in self.params]  # type: ignore[misc]
+        dtype = next(n.meta["val"].dtype for n in kernel.program.operands if n.target == name)
+        for p, state in zip(self.params, self.states, strict=True):
+            if name not in state:
+                state[name] = torch.empty_like(p, dtype=dtype)
+        return [state[name] for state in self.states]
+
+
+def _compare(name: str, ours: Tensor, theirs: Tensor) -> None:
+    a, b = ours.double(), theirs.double()
+    finite = b.isfinite()
+    scale = b[finite].abs().max().item() if finite.any() else 1.0
+    far = ((a - b).abs() > CLOSE[theirs.dtype] * max(scale, 1e-30)) & finite
+    if far.any() or not torch.equal(a.isfinite(), finite):
+        raise NotPointwiseError(
+            f"the compiled step makes another {name!r} of a parameter of shape "
+            f"{tuple(ours.shape)} than eager does"
+        )

@@ -1,0 +1,338 @@
+"""The native kernel of the total norm on a CPU: against exact norms, and where it steps aside."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import compileclip
+from compileclip import reference
+from compileclip.lowering import CHUNK, native, norm
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ORDERS = [2.0, math.inf]
+SIZES = [0, 1, 7, 8, 31, 32, 33, 1000, CHUNK - 1, CHUNK, CHUNK + 1, 100_003]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    if norm.available() is None:
+        pytest.skip("no C++ compiler")
+
+
+def random(size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, dtype=torch.float64, generator=generator).to(dtype)
+
+
+def truth(tensors: Sequence[Tensor], order: float) -> float:
+    """The norm in numpy's long double, 64 bits of mantissa."""
+    flat = np.concatenate([t.detach().double().numpy().reshape(-1) for t in tensors])
+    wide = np.abs(flat.astype(np.longdouble))
+    return float(np.max(wide, initial=0) if order == math.inf else np.sqrt(np.sum(wide * wide)))
+
+
+def served(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
+    """The kernel's norm, which is to be what everybody gets."""
+    result = norm.total_norm(tensors, order)
+    assert result is not None
+    assert same(compileclip.get_total_norm(tensors, order), result)
+    return result
+
+
+def prepared(
+    tensors: Sequence[Tensor], order: float = 2.0, threads: int = 1, coded: bool = False
+) -> Tensor | None:
+    """The norm from addresses, in float64, so that no rounding hides a difference."""
+    out = torch.full((), math.nan, dtype=torch.float64)
+    sizes = array("q", [t.numel() for t in tensors])
+    codes = array("b", [norm.CODES[t.dtype] for t in tensors])
+    kind = codes if coded else tensors[0].dtype
+    pointers = array("Q", [t.data_ptr() for t in tensors])
+    first = norm.first_chunks(sizes)
+    return out if norm.norm_into(out, pointers, sizes, first, kind, order, threads) else None
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", norm.CODES)
+def test_the_norm_is_the_true_one(dtype: torch.dtype, size: int, order: float) -> None:
+    tensor = random(size, dtype)
+    if dtype != torch.float64:
+        result = served([tensor], order)
+        assert result.dtype == torch.float32
+        # observed: 6e-8, half a unit of float32
+        assert result.item() == pytest.approx(truth([tensor], order), rel=1.2e-7)
+    tensors = [tensor, random(100_000, dtype, seed=1)]
+    wide = prepared(tensors, order)
+    assert wide is not None
+    assert wide.item() == pytest.approx(truth(tensors, order), rel=1e-15)  # observed: 6e-16
+
+
+def test_float64_norms_keep_torchs_bits() -> None:
+    tensors = [random(1000, torch.float64), random(7, torch.float64)]
+    assert norm.total_norm(tensors, 2.0) is None
+    assert same(compileclip.get_total_norm(tensors), torch.nn.utils.get_total_norm(tensors))
+    largest = served(tensors, math.inf)
+    assert largest.dtype == torch.float64
+    assert largest.item() == truth(tensors, math.inf)
+
+
+def emulated(tensor: Tensor) -> float:
+    """One tensor's sum of squares, operation by operation as the kernel is to take it."""
+    total = 0.0
+    for chunk in tensor.double().split(CHUNK):
+        padded = torch.zeros(-(-len(chunk) // 32) * 32, dtype=torch.float64)
+        padded[: len(chunk)] = chunk.square()
+        lanes = torch.zeros(4, 8, dtype=torch.float64)
+        for row in padded.view(-1, 4, 8):
+            lanes += row
+        total += sum(((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])).tolist())
+    return total
+
+
+@pytest.mark.parametrize("dtype", norm.CODES)
+def test_the_order_of_the_sums_is_fixed(dtype: torch.dtype) -> None:
+    tensors = [random(n, dtype, seed=n) for n in (50_001, 5, 40_000)]
+    result = prepared(tensors)
+    assert result is not None
+    assert result.item() == math.sqrt(sum(emulated(t) for t in tensors))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_threads_and_grouping_leave_the_bits(order: float) -> None:
+    tensors = [random(n, seed=n) for n in (0, 3, 70_001, 0, 0, 1, CHUNK, 2 * CHUNK, 5, 0)]
+    one = prepared(tensors, order)
+    assert one is not None
+    for threads, coded in itertools.product((1, 2, 3, 4, 100), (False, True)):
+        assert same(prepared(tensors, order, threads, coded), one)
+    # Neighbours that add nothing move a tensor's chunks to other threads, and change no bit.
+    alone = prepared([tensors[2]], order)
+    for zeros in (1, 40_000, 300_000):
+        for threads in (1, 2, 3):
+            assert same(prepared([torch.zeros(zeros), tensors[2]], order, threads), alone)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", norm.CODES)
+def test_nan_and_inf_propagate(dtype: torch.dtype, order: float) -> None:
+    for value, at in itertools.product((math.nan, math.inf, -math.inf), (0, 8, 31, 40, 999, -1)):
+        for size in (1000, 100_000):
+            bad = random(size, dtype)
+            bad[at] = value
+            for tensors in ([bad], [random(50, dtype), bad, random(50, dtype)]):
+                norm_of = compileclip.get_total_norm(tensors, order)
+                assert same(norm_of, torch.full_like(norm_of, abs(value)))
+                if order == math.inf or dtype != torch.float64:
+                    assert same(served(tensors, order), norm_of)
+    both = torch.tensor([math.nan] + [math.inf] * 40 + [1.0], dtype=dtype)
+    assert compileclip.get_total_norm([both], order).isnan()
+
+
+def test_nothing_overflows_or_vanishes() -> None:
+    for dtype, values in {
+        torch.float32: (1e30, 1e-30, 1e-44),
+        torch.bfloat16: (1e30, 1e-30, 1e-40),
+        torch.float16: (65504.0, 2.0**-24, 1023 * 2.0**-24, 2.0**-14),
+    }.items():
+        for value in values:
+            tensor = torch.full((100,), value, dtype=dtype)
+            exact = 10 * tensor[0].double().item()
+            # A subnormal result has fewer digits: half a step of float32 there. Observed: 6e-8.
+            assert served([tensor]).item() == pytest.approx(exact, rel=1.2e-7, abs=0.7e-45)
+            assert served([tensor], math.inf).item() == tensor[0].item()
+
+
+def test_float16_is_widened_exactly() -> None:
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    for value in halves[halves.isfinite()][::7].split(1):
+        assert served([value], math.inf).item() == abs(value.item())
+    for start in range(0, 1024, 8):  # subnormal ones, where the CPU flushes such floats
+        assert torch.set_flush_denormal(True)
+        try:
+            result = prepared([halves[2**15 + start :][:8].clone()], math.inf)
+        finally:
+            torch.set_flush_denormal(False)
+        assert result is not None
+        assert result.item() == (start + 7) * 2.0**-24
+
+
+def test_float64_beyond_the_range_is_left_to_who_scales() -> None:
+    for value in (1e200, 1e-200, 0.0, math.inf, math.nan):
+        tensor = torch.full((100,), value, dtype=torch.float64)
+        assert prepared([tensor]) is None
+        result = compileclip.get_total_norm([tensor])
+        assert result.item() == pytest.approx(10 * value, rel=1e-15, nan_ok=True)
+    for value in (1e150, 1e-130):
+        result = prepared([torch.full((100,), value, dtype=torch.float64)])
+        assert result is not None
+        assert result.item() == pytest.approx(10 * value, rel=1e-15)  # observed: 2e-16
+
+
+def layouts() -> list[Any]:
+    base = random(240)
+    image = base.view(2, 3, 4, 10)
+    raw = torch.from_numpy(np.zeros(401, dtype=np.uint8)[1:].view(np.float32))
+    return [
+        pytest.param(base[5], id="0-dim"),
+        pytest.param(torch.zeros(0, 3), id="empty"),
+        pytest.param(base.view(12, 20).t(), id="transposed"),
+        pytest.param(image.permute(2, 0, 3, 1), id="permuted"),
+        pytest.param(image.to(memory_format=torch.channels_last), id="channels_last"),
+        pytest.param(base.as_strided((240, 1), (1, 77)), id="odd stride of one element"),
+        pytest.param(base[3:], id="offset"),
+        pytest.param(torch.nn.Parameter(base.clone()), id="parameter"),
+        pytest.param(base.clone().requires_grad_() * 2, id="requires_grad"),
+        pytest.param(torch._neg_view(base), id="negated lazily"),
+        pytest.param(raw.copy_(random(100)), id="misaligned"),
+    ]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("tensor", layouts())
+def test_layouts_that_are_served(tensor: Tensor, order: float) -> None:
+    assert served([tensor], order).item() == pytest.approx(truth([tensor], order), rel=1.2e-7)
+    assert not served([tensor], order).requires_grad
+
+
+class Subclass(Tensor):
+    """Nothing of its own: only that it is one counts."""
+
+
+def refused() -> list[Any]:
+    base = random(12)
+    return [
+        *(pytest.param(base, order, id=f"order {order}") for order in (3.0, 0.0, -2.0, -math.inf)),
+        pytest.param(base.expand(3, 12), 2.0, id="expanded"),
+        pytest.param(base.as_strided((3, 5), (3, 1)), 2.0, id="overlapping"),
+        pytest.param(base[::2], 2.0, id="with gaps"),
+        pytest.param(base.to(torch.complex64), 2.0, id="complex"),
+        pytest.param(base.as_subclass(Subclass), 2.0, id="subclass"),
+        pytest.param(base.view(3, 4).to_sparse(), 2.0, id="sparse"),
+        pytest.param(torch._to_functional_tensor(base), 2.0, id="functional"),
+        pytest.param(torch._efficientzerotensor(3), 2.0, id="without memory"),
+    ]
+
+
+@pytest.mark.parametrize(("tensor", "order"), refused())
+def test_what_is_left_to_torchs_operators(tensor: Tensor, order: float) -> None:
+    assert norm.total_norm([tensor], order) is None
+    assert norm.total_norm([random(3), tensor], order) is None
+
+
+def test_tensors_without_data_are_left_to_torch() -> None:
+    meta = torch.ones(3, device="meta")
+    assert norm.total_norm([meta], 2.0) is None
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(random(3))
+        assert norm.total_norm([fake], 2.0) is None
+        result = reference.total_norm([fake, fake], 2.0)
+        assert isinstance(result, type(fake))
+    assert norm.total_norm([fake], 2.0) is None
+
+
+def test_a_mode_sees_torchs_operators() -> None:
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    with Recorder():
+        expected = reference.total_norm([random(9)], 2.0)
+    assert "aten._foreach_norm.Scalar" in seen
+    assert same(served([random(9)]), expected)
+
+
+def test_vmap_and_grad_wrappers() -> None:
+    seen = []
+
+    def kernel_serves(x: Tensor) -> Tensor:
+        seen.append(norm.total_norm([x], 2.0))
+        return x.sum()
+
+    torch.vmap(kernel_serves)(random(12).view(3, 4))
+    torch.func.grad(kernel_serves)(random(4))
+    assert seen == [None, None]
+
+
+def test_default_device_and_compiled_graph() -> None:
+    tensors = [random(1000), random(50).to(torch.bfloat16)]
+    expected = served(tensors)
+    with torch.device("meta"):
+        assert same(compileclip.get_total_norm(tensors), expected)
+    compiled = torch.compile(
+        lambda *xs: compileclip.get_total_norm(xs), backend="aot_eager", fullgraph=True
+    )
+    assert same(compiled(*tensors), expected)
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """Nothing compiled so far, and nothing of the test's kept."""
+    for cached in (norm.available, native.load):
+        cached.cache_clear()
+    yield
+    for cached in (norm.available, native.load):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/g++", "/bin/false"])
+@pytest.mark.usefixtures("forgotten")
+def test_no_compiler(compiler: str, monkeypatch: pytest.MonkeyPatch, recwarn: Any) -> None:
+    tensors = [random(1000), random(70_000, seed=1)]
+    expected = truth(tensors, 2.0)
+    monkeypatch.setenv("CXX", compiler)
+    assert norm.total_norm(tensors, 2.0) is None
+    assert compileclip.get_total_norm(tensors).item() == pytest.approx(expected, rel=1.2e-7)
+    monkeypatch.delenv("CXX")
+    assert norm.total_norm(tensors, 2.0) is None  # it is tried once
+    assert not recwarn.list  # nobody asked for a kernel
+
+
+def test_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = served([random(9)])
+    monkeypatch.setenv("COMPILECLIP_DISABLE", "1")
+    assert norm.total_norm([random(9)], 2.0) is None
+    assert same(compileclip.get_total_norm([random(9)]), expected)
+
+
+@st.composite
+def lists(draw: Any) -> list[Tensor]:
+    """Tensors of mixed dtypes, shapes and layouts, of very different sizes."""
+    tensors = []
+    for _ in range(draw(st.integers(1, 6))):
+        shape = draw(st.lists(st.integers(0, 9), max_size=4))
+        if draw(st.integers(0, 9)) == 0:
+            shape = [draw(st.integers(1, 3 * CHUNK))]
+        dtype = draw(st.sampled_from(DTYPES))
+        scale = draw(st.sampled_from([1.0, 1e-3, 1e3]))
+        tensor = random(math.prod(shape), dtype, draw(st.integers(0, 99))).mul_(scale)
+        order = draw(st.permutations(range(len(shape))))
+        tensors.append(tensor.view(shape).permute(order))
+    return tensors
+
+
+@settings(max_examples=200, deadline=None)
+@given(lists(), st.sampled_from(ORDERS), st.integers(1, 4))
+def test_any_list(tensors: list[Tensor], order: float, threads: int) -> None:
+    expected = truth(tensors, order)
+    assert abs(served(tensors, order).item() - expected) <= 1.2e-7 * expected  # observed: 6e-8
+    exact = prepared(tensors, order, threads, coded=True)
+    assert exact is not None
+    assert abs(exact.item() - expected) <= 1e-15 * expected  # observed: 3e-16
