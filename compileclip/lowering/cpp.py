@@ -27,12 +27,16 @@ GRAIN = 32768  # fewer elements than this stay on one thread, as in ATen
 class Kernel:
     """A program, compiled.
 
+    Attributes:
+        program: what it was made of.
+
     Raises:
         UnsupportedError: the program holds an operation or a dtype without C++ code.
         native.CompilerError: there is no compiler, or it fails.
     """
 
     def __init__(self, program: Program) -> None:
+        self.program = program
         self._step = native.load(source(program)).step
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         self._step.argtypes = (pointer, integer, pointer, pointer, pointer, pointer, ctypes.c_int)
@@ -137,9 +141,9 @@ class _Source:
             raise UnsupportedError(f"no C++ code for {target}")
         memory, register = _types(dtype_of(node))
         within = _compute_dtype(node)
-        kind = _types(within)[1]
+        types = _types(within)
         values = [self._argument(function, name, value, within) for name, value in _inputs(node)]
-        expression = f"op::{function}<{kind}>({', '.join(values)})"
+        expression = f"op::{function}<{types[1]}, {types[0]}>({', '.join(values)})"
         if dtype_of(node) in cpp_ops.HALF and function not in cpp_ops.EXACT:
             expression = f"round_to<{memory}>({expression})"
         if node.meta["val"].dim() == 0:
@@ -152,7 +156,7 @@ class _Source:
         """An argument of an operation that computes in the dtype ``within``."""
         if name == "condition":
             within = torch.bool
-        kind = _types(within)[1]
+        memory, kind = _types(within)
         if value is None:  # no bound
             return "INFINITY" if name == "max" else "-INFINITY"
         if not isinstance(value, Node):
@@ -161,10 +165,9 @@ class _Source:
             text = self._number(value, kind)
         else:
             text = f"static_cast<{kind}>({self._names[value]})"
-        is_tensor = isinstance(value, Node) and value not in self._scalars
-        narrows = within in cpp_ops.HALF and not (is_tensor and dtype_of(value) == within)
-        if narrows and function not in cpp_ops.WIDE and (is_tensor or function in cpp_ops.EXACT):
-            return f"round_to<{_types(within)[0]}>({text})"
+        rounded = value in self._names and dtype_of(value) == within
+        if within in cpp_ops.HALF and not rounded and (function, name) not in cpp_ops.WIDE:
+            return f"round_to<{memory}>({text})"
         return text
 
     def _number(self, node: Node, kind: str) -> str:
@@ -185,8 +188,8 @@ def _inputs(node: Node) -> Iterator[tuple[str, Any]]:
     assert isinstance(node.target, OpOverload)
     for index, argument in enumerate(node.target._schema.arguments):
         if "Tensor" in str(argument.type) or "number" in str(argument.type):
-            given = node.args[index] if index < len(node.args) else None
-            yield argument.name, node.kwargs.get(argument.name, given or argument.default_value)
+            given = node.args[index : index + 1] or (argument.default_value,)
+            yield argument.name, node.kwargs.get(argument.name, given[0])
 
 
 def _compute_dtype(node: Node) -> torch.dtype:

@@ -1,14 +1,20 @@
 """What each ATen operation is in C++, rounded as ATen's CPU kernels round it.
 
-A value is computed in ``T``: double for float64, float for float32 and the half types, bool for
+A value is computed in double for float64, in float for float32 and the half types, in bool for
 bool. Half precision results are rounded to their dtype after each operation, as ATen does. Each
-formula was read off ATen's results (torch 2.13.0, AVX-512), bit by bit, see
-``tests/test_lowering_cpp.py``; only these differ from eager:
+formula was read off ATen's results (torch 2.13.0, AVX-512) bit by bit; the tests repeat that.
+These differ from eager:
 
-* ``sqrt`` and powers of +-0.5 are correctly rounded; ATen's float32 and float64 on x86 are not.
-* ``exp``, ``log`` and other powers call the C library, not ATen's vector library: some results
-  differ in the last digit. Loops with them are not vectorized.
-* the sign of a NaN, and which of two zeros of unlike sign ``maximum`` and ``minimum`` return.
+* ``sqrt``, and ``pow`` by +-0.5 in float32 and float64, are correctly rounded; ATen's are not on
+  x86, where they come from MKL.
+* ``exp``, ``log`` and powers other than +-0.5, +-1, +-2 and 3 call the C library, ATen its vector
+  library: the last digit may differ. Loops with them are not vectorized.
+* ATen itself computes a few operations otherwise in the scalar tail of a loop, the last elements
+  of a tensor, than in the vectorized part. Here all elements are as in the vectorized part. It
+  concerns ``add`` with ``alpha`` of a number or 0-dim tensor (no FMA in the tail), the sign of zero
+  in ``lerp`` by 1 and in ``maximum`` and ``minimum`` of two zeros, and in half precision ``add``
+  and ``sub`` with ``alpha``, and ``rsqrt``.
+* the sign and the payload of a NaN.
 """
 
 from __future__ import annotations
@@ -26,8 +32,8 @@ FUNCTIONS = {
     aten.addcdiv.default: "addcdiv",
     aten.addcmul.default: "addcmul",
     aten.clamp.default: "clamp",
-    aten.clamp_max.default: "minimum",
-    aten.clamp_min.default: "maximum",
+    aten.clamp_max.default: "clamp_max",
+    aten.clamp_min.default: "clamp_min",
     aten.clone.default: "same",
     aten._to_copy.default: "same",
     aten.div.Scalar: "div",
@@ -58,9 +64,9 @@ FUNCTIONS = {
     aten.ne.Scalar: "ne",
     aten.ne.Tensor: "ne",
     aten.neg.default: "neg",
-    aten.pow.Scalar: "pow",
+    aten.pow.Scalar: "power",
     aten.pow.Tensor_Scalar: "pow",
-    aten.pow.Tensor_Tensor: "pow",
+    aten.pow.Tensor_Tensor: "power",
     aten.reciprocal.default: "reciprocal",
     aten.rsqrt.default: "rsqrt",
     aten.rsub.Scalar: "rsub",
@@ -76,11 +82,13 @@ FUNCTIONS = {
 }
 
 # Results that are one of the arguments, but for the sign: nothing to round.
-EXACT = {"absolute", "clamp", "maximum", "minimum", "neg", "sign", "where"}
+EXACT = {"absolute", "clamp", "clamp_max", "clamp_min", "maximum", "minimum", "neg"}
+EXACT |= {"same", "second", "sign", "where"}
 
-# ATen reads a 0-dim tensor or a number beside half precision tensors in float32 in these, and
-# rounds it first in the others.
-WIDE = {"add", "sub", "rsub", "mul", "div", "eq", "ne", "lt", "le", "gt", "ge"}
+# Where ATen takes a number or a 0-dim tensor beside half precision tensors as it is, in float32;
+# everywhere else it rounds it to half precision first.
+WIDE = {("mul", "other"), ("div", "other"), ("lerp", "weight")}
+WIDE |= {("addcmul", "value"), ("addcdiv", "value")}
 
 # What has a bool result and does not compare: computed in bool.
 MOVES = {aten.clone.default, aten._to_copy.default, aten.full_like.default} | {
@@ -104,37 +112,57 @@ PRELUDE = r"""
 #include <type_traits>
 
 struct bf16 { uint16_t bits; };
-using f16 = _Float16;
+struct f16 { uint16_t bits; };
 
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE uint32_t bits_of(float x) { uint32_t b; std::memcpy(&b, &x, 4); return b; }
 INLINE float of_bits(uint32_t b) { float x; std::memcpy(&x, &b, 4); return x; }
 
-// A value rounded to the dtype S: as a number, and as what lies in memory.
+// A value rounded to half precision S, to the nearest and to even: g++ vectorizes this, unlike
+// conversions to _Float16 and back.
 template <class S> INLINE float round_to(float x) {
-  if constexpr (std::is_same_v<S, f16>) {
-    return static_cast<float>(static_cast<f16>(x));
-  } else {
-    const uint32_t b = bits_of(x);
+  const uint32_t b = bits_of(x);
+  if constexpr (std::is_same_v<S, bf16>) {
     const uint32_t even = (b + 0x7fff + ((b >> 16) & 1)) & 0xffff0000u;
     return of_bits(x != x ? 0x7fc00000u : even);
+  } else {
+    // A sum with a number whose last digit is worth 2^-10 of x's first, or 2^-24, rounds x there.
+    const float size = of_bits(b & 0x7fffffffu);
+    const uint32_t exponent = b & 0x7f800000u, least = 0x38800000u;
+    const float shift = of_bits((exponent > least ? exponent : least) + (13u << 23));
+    const float even = (size + shift) - shift;
+    const float finite = size >= 65536.0f ? INFINITY : even >= 65536.0f ? INFINITY : even;
+    return of_bits(bits_of(finite) | (b & 0x80000000u));
   }
 }
 INLINE void store(double* p, double x) { *p = x; }
 INLINE void store(float* p, float x) { *p = x; }
 INLINE void store(bool* p, bool x) { *p = x; }
-INLINE void store(f16* p, float x) { *p = static_cast<f16>(x); }
 INLINE void store(bf16* p, float x) { p->bits = bits_of(round_to<bf16>(x)) >> 16; }
+INLINE void store(f16* p, float x) {
+  const uint32_t b = bits_of(round_to<f16>(x)), size = b & 0x7fffffffu;
+  const uint32_t normal = (size - (112u << 23)) >> 13;
+  const uint32_t small = bits_of(of_bits(size) + 0.5f) - bits_of(0.5f);  // in units of 2^-24
+  const uint32_t finite = size < 0x38800000u ? small : normal;
+  const uint32_t whole = size > 0x7f800000u ? 0x7e00u : size == 0x7f800000u ? 0x7c00u : finite;
+  p->bits = (b >> 16 & 0x8000u) | whole;
+}
 INLINE double load(const double* p) { return *p; }
 INLINE float load(const float* p) { return *p; }
 INLINE bool load(const bool* p) { return *p; }
-INLINE float load(const f16* p) { return static_cast<float>(*p); }
 INLINE float load(const bf16* p) { return of_bits(static_cast<uint32_t>(p->bits) << 16); }
+INLINE float load(const f16* p) {
+  const uint32_t h = p->bits, size = h & 0x7fffu;
+  const uint32_t normal = (size << 13) + ((size < 0x7c00u ? 112u : 224u) << 23);
+  const uint32_t small = bits_of(of_bits(bits_of(0.5f) + size) - 0.5f);
+  return of_bits((h & 0x8000u) << 16 | (size < 0x0400u ? small : normal));
+}
 
+// T: the type in registers, S: in memory.
 namespace op {
-#define OP template <class T> INLINE T
-#define TEST template <class T> INLINE bool
+#define OP template <class T, class S = T> INLINE T
+#define TEST template <class T, class S = T> INLINE bool
 OP same(T a) { return a; }
 OP second(T, T b) { return b; }
 OP absolute(T a) { return std::fabs(a); }
@@ -150,20 +178,26 @@ OP sqrt(T a) { return std::sqrt(a); }
 OP rsqrt(T a) { return T(1) / std::sqrt(a); }
 OP exp(T a) { return std::exp(a); }
 OP log(T a) { return std::log(a); }
+OP power(T a, T e) { return std::pow(a, e); }
 OP pow(T a, T e) {
-  if (e == T(2)) return a * a;
+  // ATen rounds a square in bfloat16; it has no square roots for float16 but calls pow itself.
+  const T square = std::is_same_v<S, bf16> ? round_to<bf16>(a * a) : a * a;
+  const T root_of = !std::is_same_v<S, f16> ? a : a == T(-INFINITY) ? T(INFINITY) : a + T(0);
+  if (e == T(2)) return square;
   if (e == T(1)) return a;
-  if (e == T(3)) return a * a * a;
-  if (e == T(0.5)) return std::sqrt(a);
-  if (e == T(-0.5)) return T(1) / std::sqrt(a);
+  if (e == T(3)) return square * a;
+  if (e == T(0.5)) return std::sqrt(root_of);
+  if (e == T(-0.5)) return T(1) / std::sqrt(root_of);
   if (e == T(-1)) return T(1) / a;
-  if (e == T(-2)) return T(1) / (a * a);
+  if (e == T(-2)) return T(1) / square;
   return std::pow(a, e);
 }
-// A NaN on either side comes through.
-OP maximum(T a, T b) { return a < b || b != b ? b : a; }
-OP minimum(T a, T b) { return a > b || b != b ? b : a; }
-OP clamp(T a, T low, T high) { return minimum(maximum(a, low), high); }
+// A NaN on either side comes through; of equal values, the second.
+OP maximum(T a, T b) { return a > b || a != a ? a : b; }
+OP minimum(T a, T b) { return a < b || a != a ? a : b; }
+OP clamp_min(T a, T low) { return maximum(low, a); }
+OP clamp_max(T a, T high) { return minimum(high, a); }
+OP clamp(T a, T low, T high) { return clamp_max(clamp_min(a, low), high); }
 OP lerp(T a, T b, T weight) {
   const bool small = std::fabs(weight) < T(0.5);
   return std::fma(small ? weight : weight - T(1), b - a, small ? a : b);
