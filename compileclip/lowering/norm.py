@@ -18,7 +18,6 @@ import os
 from array import array
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +30,7 @@ CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3
 # The 2-norm of float64 tensors stays with torch's kernels, and so keeps their bits.
 _SERVED = {2.0: CODES.keys() - {torch.float64}, math.inf: CODES.keys()}
 _PLAIN = {Tensor, Parameter}
+_CPU = torch.device("cpu")
 _dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
 _is_dense = torch.ops.aten.is_non_overlapping_and_dense.default
 
@@ -45,31 +45,28 @@ constexpr int64_t CHUNK = @CHUNK@;
 constexpr int64_t GRAIN = 32768;  // ATen's: for fewer elements a thread is not worth its start
 enum Status { OK, OUT_OF_RANGE, OUT_OF_MEMORY };
 
-template <class T, int N> struct Vec {
-  typedef T type __attribute__((vector_size(N * sizeof(T))));
-};
-typedef Vec<double, 8>::type Double8;
-typedef Vec<float, 8>::type Float8;
-typedef Vec<uint32_t, 8>::type UInt8;
-typedef Vec<uint16_t, 8>::type Half8;
+typedef double Double8 __attribute__((vector_size(64)));
+typedef float Float8 __attribute__((vector_size(32)));
+typedef uint32_t UInt8 __attribute__((vector_size(32)));
+typedef uint16_t Half8 __attribute__((vector_size(16)));
 
-// Per dtype: what its elements are stored as, and how 8 of them are widened.
+// Per dtype: 8 elements as they are stored, and how they are widened.
 struct Float32 {
-  typedef float stored;
+  typedef Float8 stored;
   static Double8 widen(Float8 x) { return __builtin_convertvector(x, Double8); }
 };
 struct Float64 {
-  typedef double stored;
+  typedef Double8 stored;
   static Double8 widen(Double8 x) { return x; }
 };
 struct BFloat16 {
-  typedef uint16_t stored;
+  typedef Half8 stored;
   static Double8 widen(Half8 x) {
     return Float32::widen((Float8)(__builtin_convertvector(x, UInt8) << 16));
   }
 };
 struct Float16 {
-  typedef uint16_t stored;
+  typedef Half8 stored;
   // The sign goes. An addition rebiases the exponent, a second one that of inf and NaN. Subnormal
   // numbers get a leading 1 that is subtracted again: as floats none is subnormal, so that none
   // is lost where the CPU flushes those.
@@ -82,8 +79,8 @@ struct Float16 {
 };
 
 template <class T> static Double8 load(const char* data, int64_t count = 8) {
-  typename Vec<typename T::stored, 8>::type x = {};
-  memcpy(&x, data, count * sizeof(typename T::stored));  // at any address
+  typename T::stored x = {};
+  memcpy(&x, data, count * (sizeof x / 8));  // at any address
   return T::widen(x);
 }
 
@@ -96,7 +93,7 @@ template <bool max> static void take(Double8& result, Double8 x) {
 }
 
 template <class T, bool max> static double reduce(const char* data, int64_t first, int64_t n) {
-  constexpr int64_t size = sizeof(typename T::stored);
+  constexpr int64_t size = sizeof(typename T::stored) / 8;
   data += first * size;
   n = n - first < CHUNK ? n - first : CHUNK;
   Double8 lanes[4] = {};  // independent, to hide the latency of an operation
@@ -130,7 +127,6 @@ struct List {
     }
   }
 
-  // One thread's range of chunks.
   template <bool max> void walk(int thread, int threads, double* parts) const {
     int64_t chunk = first_chunk[n] * thread / threads, low = 0, high = n;
     const int64_t end = first_chunk[n] * (thread + 1) / threads;
@@ -180,8 +176,17 @@ template <bool max> static int norm(const List& list, void* out, int out_dtype, 
 extern "C" int compileclip_norm(void* out, int out_dtype, int64_t n, const uint64_t* pointers,
                                 const int64_t* sizes, const int64_t* first_chunk,
                                 const int8_t* dtypes, int dtype, int max, int threads) {
+  int64_t* counted = nullptr;
+  if (!first_chunk) {
+    counted = (int64_t*)calloc(n + 1, sizeof(int64_t));
+    if (!counted) return OUT_OF_MEMORY;
+    for (int64_t i = 0; i < n; ++i) counted[i + 1] = counted[i] + (sizes[i] + CHUNK - 1) / CHUNK;
+    first_chunk = counted;
+  }
   const List list = {n, pointers, sizes, first_chunk, dtypes, dtype};
-  return (max ? norm<true> : norm<false>)(list, out, out_dtype, threads);
+  const int status = (max ? norm<true> : norm<false>)(list, out, out_dtype, threads);
+  free(counted);
+  return status;
 }
 """.replace("@CHUNK@", str(CHUNK))
 
@@ -216,10 +221,9 @@ def total_norm(tensors: Sequence[Tensor], order: float) -> Tensor | None:
     if 0 in pointers and any(n and not p for n, p in zip(sizes, pointers, strict=True)):
         return None
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    out = torch.empty((), dtype=dtype, device="cpu")  # not on a default device
+    out = torch.empty((), dtype=dtype, device=_CPU)  # not on a default device
     kind = dtypes.pop() if len(dtypes) == 1 else array("b", [CODES[t.dtype] for t in tensors])
-    threads = torch.get_num_threads()
-    done = norm_into(out, pointers, sizes, first_chunks(sizes), kind, order, threads)
+    done = norm_into(out, pointers, sizes, None, kind, order, torch.get_num_threads())
     return out if done else None
 
 
@@ -227,7 +231,7 @@ def norm_into(
     out: Tensor,
     pointers: array[int],
     sizes: array[int],
-    first_chunk: array[int],
+    first_chunk: array[int] | None,
     dtype: torch.dtype | array[int],
     order: float,
     threads: int,
@@ -238,7 +242,7 @@ def norm_into(
         out: a 0-dim float32 or float64 tensor on the CPU.
         pointers: N addresses (``"Q"``) of memory without gaps; alive until this returns.
         sizes: their numbers of elements (``"q"``).
-        first_chunk: ``first_chunks(sizes)``.
+        first_chunk: ``first_chunks(sizes)``; without it, it is counted here.
         dtype: of all of them, or N entries of ``CODES`` (``"b"``).
         order: 2.0 or inf.
         threads: at most so many.
@@ -258,7 +262,7 @@ def norm_into(
         len(pointers),
         pointers.buffer_info()[0],
         sizes.buffer_info()[0],
-        first_chunk.buffer_info()[0],
+        None if first_chunk is None else first_chunk.buffer_info()[0],
         None if uniform else dtype.buffer_info()[0],  # type: ignore[union-attr]
         CODES[dtype] if uniform else -1,  # type: ignore[index]
         order == math.inf,
@@ -269,8 +273,7 @@ def norm_into(
 
 def first_chunks(sizes: array[int]) -> array[int]:
     """Where each tensor's chunks start in the list of all chunks; N + 1 entries (``"q"``)."""
-    counts = [-(-size // CHUNK) for size in sizes]
-    return array("q", itertools.accumulate(counts, initial=0))
+    return array("q", itertools.accumulate([-(-n // CHUNK) for n in sizes], initial=0))
 
 
 @functools.cache
@@ -280,15 +283,12 @@ def available() -> Callable[..., int] | None:
 
     from compileclip.lowering import native
 
+    code, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+    of_type = ctypes.CFUNCTYPE(code, pointer, code, size, *[pointer] * 4, code, code, code)
     try:
-        function: Any = native.load(_SOURCE).compileclip_norm
+        return of_type(("compileclip_norm", native.load(_SOURCE)))
     except (native.CompilerError, OSError):
         return None
-    size, pointer, integer = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
-    function.argtypes = [pointer, integer, size, *[pointer] * 4, integer, integer, integer]
-    function.restype = integer
-    kernel: Callable[..., int] = function
-    return kernel
 
 
 def _runs_for_real() -> bool:
