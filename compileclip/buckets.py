@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, pairwise
@@ -34,7 +34,6 @@ class Bucket:
     Attributes:
         group: index of the parameter group.
         params: the parameters, each dense and with a gradient.
-        places: their places among all parameters with a gradient.
         states: the state of each.
         dtypes: of the operands: "param", "grad", and the state of the parameter's shape.
         counts: the 0-dim tensors of the state, per name all parameters' in one buffer.
@@ -43,7 +42,6 @@ class Bucket:
 
     group: int
     params: list[Tensor]
-    places: list[int]
     states: list[dict[str, Any]]
     dtypes: dict[str, torch.dtype]
     counts: dict[str, Tensor] = field(default_factory=dict)
@@ -51,47 +49,34 @@ class Bucket:
 
     def __post_init__(self) -> None:
         self.sizes, self.first_chunk = chunks(self.params)
-        self._strides = list(map(Tensor.stride, self.params))
         self._share_counts()
 
-    def operands(
-        self, grads: Sequence[Tensor], optimizer_state: Mapping[Tensor, dict[str, Any]]
-    ) -> tuple[list[array[int]], list[Any]]:
-        """The data pointers of each operand's tensors, in the order of ``dtypes``.
+    def find(self, served: Sequence[Tensor]) -> None:
+        """Note where ``params`` are among all that are served."""
+        place = {p: i for i, p in enumerate(served)}
+        places = [place[p] for p in self.params]
+        self._places = None if len(places) == len(served) else places
 
-        Args:
-            grads: the gradients of ``params``.
-            optimizer_state: the state as the optimizer has it now.
+    def pick(self, column: array[int]) -> array[int]:
+        """What ``column``, with an entry for each parameter that is served, has for ``params``."""
+        if self._places is None:
+            return column
+        return array("Q", [column[i] for i in self._places])
 
-        Returns:
-            The pointers, and pairs of a gradient and its copy in its parameter's layout, for
-            gradients that have another one. The copies must outlive the use of the pointers.
+    def state_pointers(self) -> dict[str, array[int]]:
+        """The data pointers of the state of the parameters' shape, by name.
 
         Raises:
-            StaleError: sort the parameters anew.
+            StaleError: the state is no longer what it was.
         """
-        if not all(map(operator.is_, map(optimizer_state.get, self.params), self.states)):
-            raise StaleError
         columns = [self._column(name) for name in self._kept]
         for now, before in zip(columns, self._columns, strict=True):
             if not all(map(operator.is_, now, before)):
                 raise StaleError
         if any(buffer._version != version for buffer, version in self._versions):
             raise StaleError
-        for tensors in (self.params, grads):
-            if array("q", map(Tensor.numel, tensors)) != self.sizes:
-                raise StaleError
-        if list(map(Tensor.stride, self.params)) != self._strides:
-            raise StaleError
-        copies = []
-        if list(map(Tensor.stride, grads)) != self._strides:
-            grads = list(grads)
-            for i, (p, grad) in enumerate(zip(self.params, grads, strict=True)):
-                if grad.stride() != p.stride():
-                    grads[i] = torch.empty_like(p, dtype=grad.dtype).copy_(grad)
-                    copies.append((grad, grads[i]))
-        tensors_of = {"param": self.params, "grad": grads, **dict(self._by_name(columns))}
-        return [array("Q", map(Tensor.data_ptr, tensors_of[n])) for n in self.dtypes], copies
+        tensors = zip(self._kept, columns, strict=True)
+        return {k: pointers(column) for k, column in tensors if k in self.dtypes}
 
     def extended(self, made: Mapping[str, Any]) -> Bucket:
         """This bucket with state that a step has made, allocated for each parameter.
@@ -143,9 +128,6 @@ class Bucket:
         except KeyError:
             raise StaleError from None
 
-    def _by_name(self, columns: list[list[Tensor]]) -> Iterator[tuple[str, list[Tensor]]]:
-        return zip(self._kept, columns, strict=True)
-
     def _share_counts(self) -> None:
         """Make the 0-dim tensors of each name views of one buffer, which one call fills."""
         for name in self.counts:
@@ -157,6 +139,11 @@ class Bucket:
             self.counts[name] = buffer
         self._columns = [self._column(name) for name in self._kept]
         self._versions = [(buffer, buffer._version) for buffer in self.counts.values()]
+
+
+def pointers(tensors: Sequence[Tensor]) -> array[int]:
+    """The addresses of the data of ``tensors``."""
+    return array("Q", list(map(Tensor.data_ptr, tensors)))
 
 
 def chunks(tensors: Sequence[Tensor]) -> tuple[array[int], array[int]]:
@@ -175,26 +162,25 @@ def sort(
         The buckets, and each parameter that is in none with the reason.
     """
     group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    found: dict[Any, Bucket] = {}
+    found: list[Bucket] = []
     refused: list[tuple[Tensor, str]] = []
-    members: dict[Any, list[tuple[int, Tensor]]] = {}
+    members: dict[Any, list[Tensor]] = {}
     kinds: dict[Any, tuple[dict[str, torch.dtype], dict[str, Any], tuple[str, ...]]] = {}
-    for place, p in enumerate(params):
+    for p in params:
         try:
             key, kind = _kind(p, optimizer.state.get(p, {}), group_of[p])
         except NotServedError as reason:
             refused.append((p, str(reason)))
             continue
-        members.setdefault(key, []).append((place, p))
+        members.setdefault(key, []).append(p)
         kinds[key] = kind
-    if _overlap([p for m in members.values() for _, p in m], optimizer):
+    if _overlap([p for tensors in members.values() for p in tensors], optimizer):
         return [], [(p, "parameters or their state share memory") for p in params]
-    for key, pairs in members.items():
+    for key, tensors in members.items():
         dtypes, counts, numbers = kinds[key]
-        places, tensors = [i for i, _ in pairs], [p for _, p in pairs]
         states = [optimizer.state[p] for p in tensors]
-        found[key] = Bucket(key[0], tensors, places, states, dtypes, dict(counts), numbers)
-    return list(found.values()), refused
+        found.append(Bucket(key[0], tensors, states, dtypes, dict(counts), numbers))
+    return found, refused
 
 
 def _kind(p: Tensor, state: dict[str, Any], group: int) -> Any:

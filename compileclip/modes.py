@@ -23,6 +23,7 @@ from compileclip.traced import can_undo
 if TYPE_CHECKING:
     from compileclip.inductor import CompiledStep
     from compileclip.multi_tensor import MultiTensorStep
+    from compileclip.plan import Gathered
 
 
 class Modes:
@@ -39,23 +40,33 @@ class Modes:
         self._optimizer = optimizer
 
     def step(
-        self, settings: ClipSettings, grads: Gradients, report: Callable[[Tensor], None]
+        self,
+        settings: ClipSettings,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        report: Callable[[Tensor], None],
     ) -> None:
         """Take the norm, clip and update.
 
         Args:
             settings: how.
-            grads: the parameters that have gradients.
+            grad_scale: as in ``Gradients``.
+            found_inf: as in ``Gradients``.
             report: is told the total norm, as soon as that is known.
 
         Raises:
-            RuntimeError: ``nonfinite="raise"`` and the norm is not finite; nothing was changed.
+            RuntimeError: ``nonfinite="raise"`` and the norm is not finite, or a gradient lies on
+                another device than its parameter; nothing was changed.
         """
-        scaled = grads.grad_scale is not None or grads.found_inf is not None
-        if grads.params and not scaled and os.environ.get("COMPILECLIP_DISABLE") != "1":
+        bare = grad_scale is None and found_inf is None
+        kernels = bare and settings.mode in ("auto", "multi_tensor") and not _disabled()
+        if kernels and self._again(settings, report):
+            return
+        grads = Gradients(eager.params_with_grad(self._optimizer), grad_scale, found_inf)
+        if grads.params and bare and not _disabled():
             if settings.mode == "inductor" and self._inductor(settings, grads, report):
                 return
-            if settings.mode in ("auto", "multi_tensor"):
+            if kernels:
                 self._multi_tensor(settings, grads, report)
                 return
         norm = grads.total_norm(settings.norm_type)
@@ -64,7 +75,7 @@ class Modes:
 
     def taken(self, settings: ClipSettings, param: Tensor) -> str:
         """The mode that ``param`` is stepped with, as far as is known before the first step."""
-        if settings.mode == "eager" or os.environ.get("COMPILECLIP_DISABLE") == "1":
+        if settings.mode == "eager" or _disabled():
             return "eager"
         if settings.mode == "inductor":
             refused = self.compiled is not None and self.compiled.refusal is not None
@@ -77,10 +88,18 @@ class Modes:
         """Why not all parameters are stepped with in a faster mode, or None."""
         if settings.mode == "eager":
             return 'mode="eager" was asked for'
-        if os.environ.get("COMPILECLIP_DISABLE") == "1":
+        if _disabled():
             return "COMPILECLIP_DISABLE=1 is set"
         step = self.compiled if settings.mode == "inductor" else self.kernels
         return None if step is None or step.why_not is None else step.why_not[0]
+
+    def _again(self, settings: ClipSettings, report: Callable[[Tensor], None]) -> bool:
+        """Step as in the last step; False if anything but numbers has changed since."""
+        gathered = None if self.kernels is None else self.kernels.gather(settings)
+        if gathered is None:
+            return False
+        self._run(settings, gathered, report)
+        return True
 
     def _multi_tensor(
         self, settings: ClipSettings, grads: Gradients, report: Callable[[Tensor], None]
@@ -89,37 +108,49 @@ class Modes:
             from compileclip.multi_tensor import MultiTensorStep
 
             self.kernels = MultiTensorStep(self._optimizer)
+        if settings.write_grads is True:
+            eager.make_writable(grads.params)
+        gathered = self.kernels.plan(settings, grads.params)
+        if gathered is not None:
+            self._run(settings, gathered, report)
+            return
+        self._warn(settings)
         norm = grads.total_norm(settings.norm_type)
         report(norm)
-        if self.kernels.serves(settings, grads.params):
+        eager.update(self._optimizer, settings, grads, norm)
+
+    def _run(
+        self, settings: ClipSettings, gathered: Gathered, report: Callable[[Tensor], None]
+    ) -> None:
+        assert self.kernels is not None
+        norm = self.kernels.total_norm(gathered, settings.norm_type)
+        report(norm)
+        if settings.nonfinite != "propagate":
+            grads = Gradients([])
             if not eager.may_step(self._optimizer, settings, grads, norm):
                 return
             settings = replace(settings, nonfinite="propagate")  # decided
-            if settings.write_grads is True:
-                eager.make_writable(grads.params)
-            left = self.kernels.run(settings, grads.params, norm)
-        else:
-            left = grads.params
-        if settings.mode == "multi_tensor" and left and self.kernels.why_not is not None:
-            warn_fallback('mode="multi_tensor"', *self.kernels.why_not)
+        left = self.kernels.run(settings, gathered, norm)
         if left:
-            self._eager(settings, grads, left, norm)
+            self._warn(settings)
+            self._eager(settings, left, norm)
 
-    def _eager(
-        self, settings: ClipSettings, grads: Gradients, params: Sequence[Tensor], norm: Tensor
-    ) -> None:
+    def _warn(self, settings: ClipSettings) -> None:
+        assert self.kernels is not None
+        if settings.mode == "multi_tensor" and self.kernels.why_not is not None:
+            warn_fallback('mode="multi_tensor"', *self.kernels.why_not)
+
+    def _eager(self, settings: ClipSettings, params: Sequence[Tensor], norm: Tensor) -> None:
         """Step in eager mode with ``params`` alone."""
-        if len(params) == len(grads.params):
-            eager.update(self._optimizer, settings, grads, norm)
-            return
-        stepped = set(grads.params) - set(params)
-        kept = [(p, p.grad) for p in stepped]
+        among = set(params)
+        with_grad = eager.params_with_grad(self._optimizer)
+        stepped = [(p, p.grad) for p in with_grad if p not in among]
         try:
-            for p in stepped:
+            for p, _ in stepped:
                 p.grad = None
             eager.update(self._optimizer, settings, Gradients(list(params)), norm)
         finally:
-            for p, grad in kept:
+            for p, grad in stepped:
                 p.grad = grad
 
     def _inductor(
@@ -143,3 +174,7 @@ class Modes:
         if norm is not None:
             report(norm)
         return norm is not None
+
+
+def _disabled() -> bool:
+    return os.environ.get("COMPILECLIP_DISABLE") == "1"

@@ -7,6 +7,7 @@ hyperparameter changed; a step that does other operations (RAdam's sixth) is ano
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compileclip import traced
+from compileclip import reference, traced
 from compileclip.assemble import assemble
-from compileclip.buckets import Bucket, StaleError, sort
+from compileclip.buckets import Bucket, StaleError
 from compileclip.capture import (
     SHAPES,
     ChangedError,
@@ -28,10 +29,11 @@ from compileclip.capture import (
     record,
     replay,
 )
-from compileclip.eager import is_torchs_own
-from compileclip.lowering import UnsupportedError, cpp
+from compileclip.functional import get_total_norm
+from compileclip.lowering import UnsupportedError, cpp, norm
 from compileclip.lowering.native import CompilerError
 from compileclip.passes.insert_norm_and_scale import InsertNormAndScale
+from compileclip.plan import Gathered, Plan
 from compileclip.self_check import check
 from compileclip.settings import ClipSettings
 from compileclip.traced import CannotCompileError
@@ -51,7 +53,7 @@ class _Work:
 
 @dataclass
 class _Launch:
-    """All that one step of a bucket needs besides pointers."""
+    """A kernel and its scalars in this step."""
 
     work: _Work
     kernel: cpp.Kernel
@@ -64,34 +66,27 @@ class MultiTensorStep:
     Attributes:
         compilations: how many programs were compiled.
         refusal: why no parameter is served (any more), or None.
-        refused: parameters that are not served, each with the reason.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.compilations = 0
         self.refusal: CannotCompileError | None = None
-        self.refused: list[tuple[Tensor, str]] = []
         self._optimizer = optimizer
         self._kernels: dict[Any, cpp.Kernel] = {}
-        self._params: list[Tensor] = []
-        self._state: object = None
+        self._plan: Plan | None = None
         self._works: list[_Work] = []
         self._max_norm = torch.zeros((), dtype=torch.float64)
         self._for_now: str | None = None  # why the last step was not served, though others may be
 
-    def serves(self, settings: ClipSettings, params: Sequence[Tensor]) -> bool:
-        """Whether ``run`` may serve parameters, all of them or some."""
-        self._for_now = None
-        if not all(p.device.type == "cpu" for p in params):
-            self._for_now = "parameters lie on another device than the CPU"
-        elif settings.write_grads and len({id(p.grad) for p in params}) < len(params):
-            self._for_now = "two parameters have one gradient, which is to be written"
-        return self.refusal is None and self._for_now is None
+    @property
+    def refused(self) -> list[tuple[Tensor, str]]:
+        """Parameters that are not served, each with the reason."""
+        return [] if self._plan is None else self._plan.refused
 
     def serves_one(self, param: Tensor) -> bool:
         """Whether the last step served ``param``."""
-        refused = any(param is p for p, _ in self.refused)
-        return self.refusal is None and self._for_now is None and not refused
+        served = self.refusal is None and self._for_now is None and self._plan is not None
+        return served and not any(param is p for p, _ in self.refused)
 
     @property
     def why_not(self) -> tuple[str, str] | None:
@@ -104,51 +99,79 @@ class MultiTensorStep:
             return f"of {len(self.refused)} parameters: {self.refused[0][1]}", OTHER_MODES
         return None
 
-    def run(self, settings: ClipSettings, params: Sequence[Tensor], norm: Tensor) -> list[Tensor]:
+    def gather(self, settings: ClipSettings) -> Gathered | None:
+        """The tensors of this step if they are what they were in the last, or None."""
+        gathered = self._gather()
+        if gathered is not None and settings.write_grads:
+            addresses = [a for a in gathered.grad_pointers if a]
+            if gathered.copies or len(set(addresses)) < len(addresses):
+                return None  # these cannot be written without a closer look
+        return gathered
+
+    def _gather(self) -> Gathered | None:
+        if self._plan is None or self.refusal is not None or not self._plan.buckets:
+            return None
+        try:
+            return self._plan.gather()
+        except StaleError:
+            self._plan = None
+            return None
+
+    def plan(self, settings: ClipSettings, params: Sequence[Tensor]) -> Gathered | None:
+        """Sort ``params``, which have gradients, anew, and gather; None if none is served."""
+        self._plan, self._for_now = None, None
+        if self.refusal is not None:
+            return None
+        if not all(p.device.type == "cpu" for p in params):
+            self._for_now = "parameters lie on another device than the CPU"
+            return None
+        if settings.write_grads and len({id(p.grad) for p in params}) < len(params):
+            self._for_now = "two parameters have one gradient, which is to be written"
+            return None
+        traced.initialize_state(self._optimizer, with_grad=True)
+        self._plan = Plan(self._optimizer, params)
+        self._works = [_Work(b, Shadow(self._optimizer, b.dtypes)) for b in self._plan.buckets]
+        return self._gather()
+
+    def total_norm(self, gathered: Gathered, norm_type: float) -> Tensor:
+        """The norm of all gradients, those of parameters that are not served included."""
+        plan = self._plan
+        assert plan is not None
+        if not plan.refused and norm_type in (2.0, math.inf) and len(plan.dtypes) == 1:
+            (dtype,) = plan.dtypes
+            out = torch.empty((), dtype=reference.norm_dtype(gathered.grads[:1]))
+            args = (gathered.grad_pointers, plan.sizes, plan.first_chunk, dtype, norm_type)
+            if norm.norm_into(out, *args, torch.get_num_threads()):
+                return out
+        return get_total_norm([p.grad for p in plan.params if p.grad is not None], norm_type)
+
+    def run(self, settings: ClipSettings, gathered: Gathered, norm: Tensor) -> list[Tensor]:
         """Clip and step.
 
         Args:
             settings: how to clip; what ``nonfinite`` says is done already.
-            params: the parameters that have a gradient.
-            norm: the total norm of all their gradients.
+            gathered: what ``gather`` or ``plan`` returned.
+            norm: the total norm of all gradients.
 
         Returns:
             The parameters that are left for another mode to step with; of them nothing has changed.
         """
+        assert self._plan is not None
+        plan = self._plan
         insert = InsertNormAndScale(
             settings.norm_type, settings.max_norm is not None, settings.write_grads is True
         )
         if settings.max_norm is not None:
             self._max_norm.fill_(settings.max_norm)
         try:
-            self._sort(params)
-            try:
-                self._step(insert, norm)
-            except StaleError:
-                self._params = []
-                self._sort(params)
-                self._step(insert, norm)
+            self._step(insert, gathered, norm)
         except (NotPointwiseError, UnsupportedError) as reason:
             self.refusal = CannotCompileError(str(reason), OTHER_MODES)
         except CompilerError as error:
             self.refusal = CannotCompileError(error.cause, error.remedy)
-        if self.refusal is not None or not self._works:
-            return list(params)
-        return [p for p, _ in self.refused]
+        return [p for p, _ in plan.refused] if self.refusal is None else plan.params
 
-    def _sort(self, params: Sequence[Tensor]) -> None:
-        same = len(params) == len(self._params) and self._state is self._optimizer.state
-        if same and all(p is q for p, q in zip(params, self._params, strict=True)):
-            return
-        traced.initialize_state(self._optimizer, with_grad=True)
-        buckets, self.refused = sort(self._optimizer, params)
-        if self.refused and not is_torchs_own(self._optimizer):
-            buckets = []  # the step of another class must not be split
-        self._works = [_Work(b, Shadow(self._optimizer, b.dtypes)) for b in buckets]
-        self._params, self._state = list(params), self._optimizer.state
-
-    def _step(self, insert: InsertNormAndScale, norm: Tensor) -> None:
-        gathered = [self._pointers(work.bucket) for work in self._works]
+    def _step(self, insert: InsertNormAndScale, gathered: Gathered, norm: Tensor) -> None:
         saved = [_copies(work.bucket.leader) for work in self._works]
         launches = []
         try:
@@ -159,17 +182,17 @@ class MultiTensorStep:
                 _restore(work.bucket.leader, before)
             raise
         # Last in the norm, first in the update: what was read last is still in the cache.
-        for launch, (pointers, copies) in reversed(list(zip(launches, gathered, strict=True))):
+        for launch, table in reversed(list(zip(launches, gathered.tables, strict=True))):
             work = launch.work
             made = {k: v for k, v in work.shadow.state.items() if k not in work.bucket.known}
             if made:
                 work.bucket = work.bucket.extended(made)
-                pointers, copies = self._pointers(work.bucket)
-                self._params = []  # sort anew: there is state now
-            self._launch(launch, pointers, norm)
-            if insert.write_grads:
-                for grad, written in copies:
-                    grad.copy_(written)
+                table.update(work.bucket.state_pointers())
+                self._plan = None  # there is more state now
+            self._launch(launch, table, norm)
+        if insert.write_grads:
+            for grad, written in gathered.copies:
+                grad.copy_(written)
         for work in self._works:
             work.bucket.advance(work.shadow.state)
             self._optimizer.param_groups[work.bucket.group].update(work.shadow.changes)
@@ -224,15 +247,11 @@ class MultiTensorStep:
             self.compilations += 1
         return self._kernels[key, insert, dtype]
 
-    def _pointers(self, bucket: Bucket) -> tuple[list[array[int]], list[Any]]:
-        grads: list[Any] = [p.grad for p in bucket.params]
-        return bucket.operands(grads, self._optimizer.state)
-
-    def _launch(self, launch: _Launch, pointers: list[array[int]], norm: Tensor) -> None:
+    def _launch(self, launch: _Launch, table: dict[str, array[int]], norm: Tensor) -> None:
         bucket = launch.work.bucket
         values = {"max_norm": self._max_norm.data_ptr(), "norm": norm.data_ptr()}
         launch.kernel(
-            pointers,
+            [table[name] for name in bucket.dtypes],
             bucket.sizes,
             bucket.first_chunk,
             launch.scalars,

@@ -120,8 +120,7 @@ class ClippedOptimizer(Optimizer):
                 loss = closure()
         # A GradScaler leaves these on an optimizer that unscales by itself.
         scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
-        grads = eager.Gradients(eager.params_with_grad(self.optimizer), scale, found_inf)
-        self._modes.step(self._settings, grads, self._report)
+        self._modes.step(self._settings, scale, found_inf, self._report)
         # A scheduler made before wrapping watches the wrapped optimizer's step through this.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         return loss
