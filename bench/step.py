@@ -22,7 +22,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 import compileclip
 
 Shapes = Sequence[tuple[int, ...]]
-GPT2_LAYER: Shapes = [
+GPT2_LAYER: list[tuple[int, ...]] = [
     *[(768,)] * 4,
     (768, 2304),
     (2304,),
@@ -83,6 +83,7 @@ def _compare(shapes: Shapes, name: str, repetitions: int, mode: str) -> list[Any
         torch.nn.utils.clip_grad_norm_(theirs, MAX_NORM)
         stock.step()
 
+    runs: list[tuple[list[Any], Callable[[], object], list[float]]]
     runs = [(theirs, torch_step, []), (ours, wrapped.step, [])]
     grads = [torch.randn(s) for s in shapes]
     first: list[float] = []
@@ -91,7 +92,9 @@ def _compare(shapes: Shapes, name: str, repetitions: int, mode: str) -> list[Any
             seconds = _timed(params, grads, run)
             if run != torch_step:
                 first.append(seconds)
-    worst = max(((p - q).abs().max() / q.abs().max()).item() for p, q in zip(ours, theirs))
+    worst = max(
+        ((p - q).abs().max() / q.abs().max()).item() for p, q in zip(ours, theirs, strict=True)
+    )
     if worst > CLOSE:
         return ["", "", f"wrong by {worst:.1e}", ""]
     for _ in range(repetitions):
