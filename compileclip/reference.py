@@ -35,7 +35,6 @@ def values(tensor: Tensor) -> Tensor:
     return tensor.coalesce()._values() if tensor.layout == torch.sparse_coo else tensor
 
 
-@torch.no_grad()
 def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """The p-norm of ``tensors`` seen as one vector, as ``torch.nn.utils.get_total_norm``.
 
@@ -57,6 +56,7 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     return native if native is not None else _total_norm(tensors, norm_type)
 
 
+@torch.no_grad()
 def _total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """``total_norm`` by torch's own operators."""
     dtype, device = norm_dtype(tensors), tensors[0].device
