@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ from compileclip.lowering import UnsupportedError, cpp, norm
 from compileclip.lowering.native import CompilerError
 from compileclip.passes.insert_norm_and_scale import InsertNormAndScale
 from compileclip.plan import Gathered, Plan
+from compileclip.rehearsal import Rehearsal
 from compileclip.self_check import check
 from compileclip.settings import ClipSettings
 from compileclip.traced import CannotCompileError
@@ -43,11 +44,15 @@ OTHER_MODES = 'take mode="inductor" or mode="eager"'
 
 @dataclass
 class _Work:
-    """A bucket, what steps in its place, and what that has been seen to do, the latest last."""
+    """A bucket, what steps in its place, and what that has been seen to do, the latest last.
+
+    ``rehearsal`` is of the latest recording, if that can be rehearsed.
+    """
 
     bucket: Bucket
     shadow: Shadow
     recordings: list[Recording] = field(default_factory=list)
+    rehearsal: Rehearsal | None = None
     kernels: dict[Any, cpp.Kernel] = field(default_factory=dict)
 
 
@@ -201,24 +206,33 @@ class MultiTensorStep:
         self, work: _Work, before: dict[str, Any], insert: InsertNormAndScale, norm: Tensor
     ) -> _Launch:
         """Learn the scalars of this step, and find its kernel."""
-        bucket, shadow = work.bucket, work.shadow
-        group = self._optimizer.param_groups[bucket.group]
-        try:
-            if not work.recordings:
-                raise ChangedError
-            recording = work.recordings[-1]
-            scalars = replay(shadow, recording, group, bucket.leader)
-        except ChangedError:
-            _restore(bucket.leader, before)
-            recording = record(shadow, group, bucket.leader)
-            scalars = recording.scalars
-            self._remember(work, recording, before)
-            recording = work.recordings[-1]
+        scalars = self._scalars(work, before)
+        recording = work.recordings[-1]
         key = (id(recording), insert, norm.dtype)
         if key not in work.kernels:
-            kernel = work.kernels[key] = self._kernel(work, recording, insert, norm.dtype)
-            check(self._optimizer, bucket, kernel, scalars, before, self._max_norm, norm)
+            kernel = self._kernel(work, recording, insert, norm.dtype)
+            check(self._optimizer, work.bucket, kernel, scalars, before, self._max_norm, norm)
+            work.kernels[key] = kernel
         return _Launch(work, work.kernels[key], scalars)
+
+    def _scalars(self, work: _Work, before: dict[str, Any]) -> list[float]:
+        """Those of this step, in the quickest way; the latest recording is then what it does."""
+        shadow, leader = work.shadow, work.bucket.leader
+        group = self._optimizer.param_groups[work.bucket.group]
+        if work.rehearsal is not None:
+            try:
+                return work.rehearsal.run(group, leader)
+            except ChangedError:
+                _restore(leader, before)
+        if work.recordings:
+            try:
+                return replay(shadow, work.recordings[-1], group, leader)
+            except ChangedError:
+                _restore(leader, before)
+        recording = record(shadow, group, leader)
+        self._remember(work, recording, before)
+        work.rehearsal = _rehearsal(work, group, before)
+        return recording.scalars
 
     def _remember(self, work: _Work, recording: Recording, before: dict[str, Any]) -> None:
         """Put ``recording`` last among those of ``work``, as the known one if it is not new."""
@@ -260,7 +274,21 @@ class MultiTensorStep:
         )
 
 
-def _copies(others: dict[str, Any]) -> dict[str, Any]:
+def _rehearsal(
+    work: _Work, group: Mapping[str, Any], before: Mapping[str, Any]
+) -> Rehearsal | None:
+    """That of the latest recording, if it finds the same scalars."""
+    shadow = Shadow(work.shadow.optimizer, work.bucket.dtypes)
+    recording = record(shadow, group, _copies(before))
+    rehearsal = Rehearsal(shadow, recording)
+    try:
+        same = rehearsal.run(group, _copies(before)) == recording.scalars
+    except ChangedError:
+        return None
+    return Rehearsal(work.shadow, work.recordings[-1]) if same else None
+
+
+def _copies(others: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in others.items()}
 
 
