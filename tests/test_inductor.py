@@ -181,7 +181,7 @@ def test_compilations_with_cycling_betas(foreach: bool) -> None:
 
 @torch._dynamo.config.patch(recompile_limit=2)
 def test_what_changes_at_every_step_ends_in_one_warning() -> None:
-    opt, twin = wrapped(), compileclip.wrap(wrapped().optimizer, 1.0)
+    opt, twin = wrapped(), compileclip.wrap(wrapped().optimizer, 1.0, mode="eager")
     with warnings.catch_warnings(record=True) as caught:
         for step in range(6):
             for o in (opt, twin):
@@ -198,7 +198,8 @@ def test_hooks_state_dict_and_copies() -> None:
     opt = wrapped()
     opt.register_step_pre_hook(lambda *_: log.append("pre"))
     opt.register_step_post_hook(lambda *_: log.append("post"))
-    twin = compileclip.wrap(SGD(params_like([(3, 3), (4,)]), lr=0.1, momentum=0.9), 1.0)
+    inner = SGD(params_like([(3, 3), (4,)]), lr=0.1, momentum=0.9)
+    twin = compileclip.wrap(inner, 1.0, mode="eager")
     for p, q in zip(all_params(twin), all_params(opt), strict=True):
         p.data.copy_(q)
     for step in range(4):
@@ -240,7 +241,7 @@ class Lion(Optimizer):
 
 def test_third_party_optimizer() -> None:
     opt, twin = wrapped(Lion), wrapped(Lion)
-    twin = compileclip.wrap(twin.optimizer, 1.0)
+    twin = compileclip.wrap(twin.optimizer, 1.0, mode="eager")
     with warnings.catch_warnings():
         warnings.simplefilter("error", FallbackWarning)
         for step in range(5):
@@ -278,7 +279,7 @@ def sparse(opt: Any) -> None:
 )
 def test_falls_back_to_eager_with_one_warning(make: Any, prepare: Any, cause: str) -> None:
     opt, twin = wrapped(make), wrapped(make)
-    twin = compileclip.wrap(twin.optimizer, 1.0)
+    twin = compileclip.wrap(twin.optimizer, 1.0, mode="eager")
     with warnings.catch_warnings(record=True) as caught:
         for step in range(3):
             for o in (opt, twin):
@@ -295,7 +296,7 @@ def test_falls_back_to_eager_with_one_warning(make: Any, prepare: Any, cause: st
 def test_no_compiler_falls_back_to_eager() -> None:
     from torch._inductor import config
 
-    opt, twin = wrapped(), compileclip.wrap(wrapped().optimizer, 1.0)
+    opt, twin = wrapped(), compileclip.wrap(wrapped().optimizer, 1.0, mode="eager")
     no_compiler = {"cpp.cxx": ("/no/such/compiler",), "force_disable_caches": True}
     with config.patch(no_compiler), warnings.catch_warnings(record=True) as caught:
         for step in range(3):
@@ -309,7 +310,7 @@ def test_no_compiler_falls_back_to_eager() -> None:
 @pytest.mark.parametrize("how", ["stance", "environment"])
 def test_compiling_switched_off(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     opt, twin = wrapped(), wrapped()
-    twin = compileclip.wrap(twin.optimizer, 1.0)
+    twin = compileclip.wrap(twin.optimizer, 1.0, mode="eager")
     for step in range(3):
         for o in (opt, twin):
             set_grads(all_params(o), step, scale=3)
@@ -327,7 +328,7 @@ def test_compiling_switched_off(how: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_gradients_that_come_and_go() -> None:
     opt, twin = wrapped(), wrapped()
-    twin = compileclip.wrap(twin.optimizer, 1.0)
+    twin = compileclip.wrap(twin.optimizer, 1.0, mode="eager")
     for step in range(5):
         for o in (opt, twin):
             set_grads(all_params(o), step, scale=3)
