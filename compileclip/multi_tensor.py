@@ -7,7 +7,6 @@ hyperparameter changed; a step that does other operations (RAdam's sixth) is ano
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -142,7 +141,9 @@ class MultiTensorStep:
         """The norm of all gradients, those of parameters that are not served included."""
         plan = self._plan
         assert plan is not None
-        if not plan.refused and norm_type in (2.0, math.inf) and len(plan.dtypes) == 1:
+        # With the pointers at hand, as get_total_norm takes it, to the bit.
+        alike = len(plan.dtypes) == 1 and not plan.refused and not gathered.copies
+        if alike and plan.dtypes <= norm.SERVED.get(norm_type, set()):
             (dtype,) = plan.dtypes
             out = torch.empty((), dtype=reference.norm_dtype(gathered.grads[:1]))
             args = (gathered.grad_pointers, plan.sizes, plan.first_chunk, dtype, norm_type)

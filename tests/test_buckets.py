@@ -152,6 +152,21 @@ def test_layouts_of_gradients(layout: str, write_grads: bool | None) -> None:
         twins.step(seed, change=change if seed != 2 else None)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_norm_has_the_bits_of_eager(dtype: torch.dtype) -> None:
+    """Over several chunks, whose sums could be added in another order; found by fuzzing."""
+    for make in (lambda g: g, lambda g: g.t().contiguous().t(), lambda g: g[:1].expand_as(g)):
+        params = [nn.Parameter(torch.zeros(130, 400, dtype=dtype)) for _ in range(2)]
+        grad = make(torch.randn(130, 400, dtype=torch.float64).to(dtype))
+        norms = []
+        for p, mode in zip(params, ("multi_tensor", "eager"), strict=True):
+            opt = compileclip.wrap(sgd([p]), 1.0, mode=mode)
+            p.grad = grad.clone()
+            opt.step()
+            norms.append(opt.total_norm)
+        assert_same(norms[:1], norms[1:], "norm")
+
+
 def test_layouts_of_parameters() -> None:
     twins = Twins(shapes=[(2, 3, 4, 4), (8, 4)])
     for seed in range(3):

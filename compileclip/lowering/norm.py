@@ -28,7 +28,7 @@ from compileclip.lowering import CHUNK
 # What the kernel calls the dtypes.
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # The 2-norm of float64 tensors stays with torch's kernels, and so keeps their bits.
-_SERVED = {2.0: CODES.keys() - {torch.float64}, math.inf: CODES.keys()}
+SERVED = {2.0: CODES.keys() - {torch.float64}, math.inf: CODES.keys()}
 _PLAIN = {Tensor, Parameter}
 _CPU = torch.device("cpu")
 _dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
@@ -205,7 +205,7 @@ def total_norm(tensors: Sequence[Tensor], order: float) -> Tensor | None:
         A 0-dim tensor, float32 or for float64 gradients float64; ``None`` where they are not
         served, or there is no compiler.
     """
-    served = _SERVED.get(order)
+    served = SERVED.get(order)
     if served is None or not _PLAIN.issuperset(map(type, tensors)):
         return None
     dtypes = set(map(_dtype, tensors))
