@@ -10,9 +10,10 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-from compileclip.capture import SCALAR, Call, NotPointwiseError, Recording, functional
+from compileclip.capture import SCALAR, Call, Recording, functional
 from compileclip.passes.insert_norm_and_scale import InsertNormAndScale
 from compileclip.program import Program
+from compileclip.shadow import NotPointwiseError
 
 ATEN = torch.ops.aten
 SAME = {ATEN.detach.default, ATEN.alias.default, ATEN.lift_fresh.default, ATEN.clone.default}

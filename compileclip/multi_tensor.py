@@ -19,15 +19,7 @@ from torch.optim import Optimizer
 from compileclip import reference, traced
 from compileclip.assemble import assemble
 from compileclip.buckets import Bucket, StaleError
-from compileclip.capture import (
-    SHAPES,
-    ChangedError,
-    NotPointwiseError,
-    Recording,
-    Shadow,
-    record,
-    replay,
-)
+from compileclip.capture import ChangedError, Recording, record, replay
 from compileclip.functional import get_total_norm
 from compileclip.lowering import UnsupportedError, cpp, norm
 from compileclip.lowering.native import CompilerError
@@ -36,6 +28,7 @@ from compileclip.plan import Gathered, Plan
 from compileclip.rehearsal import Rehearsal
 from compileclip.self_check import check
 from compileclip.settings import ClipSettings
+from compileclip.shadow import SHAPES, NotPointwiseError, Shadow
 from compileclip.traced import CannotCompileError
 
 OTHER_MODES = 'take mode="inductor" or mode="eager"'

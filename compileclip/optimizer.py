@@ -109,9 +109,9 @@ class ClippedOptimizer(Optimizer):
                 self.total_norm = traced_step(self._stand_in, self._settings)
                 return None
             torch._dynamo.graph_break(msg=reason)
+            return self._untraced_step(closure)
         return self._eager_step(closure)
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def _eager_step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
@@ -124,6 +124,9 @@ class ClippedOptimizer(Optimizer):
         # A scheduler made before wrapping watches the wrapped optimizer's step through this.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         return loss
+
+    # Apart from the step outside of torch.compile, which need not pay for keeping Dynamo out.
+    _untraced_step = torch._disable_dynamo(_eager_step)  # type: ignore[attr-defined]
 
     @property
     def total_norm(self) -> Tensor | None:

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from compileclip import reference
 from compileclip.buckets import Bucket, chunks
-from compileclip.capture import NotPointwiseError
 from compileclip.lowering import cpp
+from compileclip.shadow import NotPointwiseError
 from compileclip.traced import raw_step
 
 TENSORS = 3  # the smallest of a bucket
