@@ -72,7 +72,7 @@ class MultiTensorStep:
         self._kernels: dict[Any, cpp.Kernel] = {}
         self._plan: Plan | None = None
         self._works: list[_Work] = []
-        self._max_norm = torch.zeros((), dtype=torch.float64)
+        self._max_norm = torch.zeros((), dtype=torch.float64, device="cpu")
         self._for_now: str | None = None  # why the last step was not served, though others may be
 
     @property
@@ -138,7 +138,8 @@ class MultiTensorStep:
         alike = len(plan.dtypes) == 1 and not plan.refused and not gathered.copies
         if alike and plan.dtypes <= norm.SERVED.get(norm_type, set()):
             (dtype,) = plan.dtypes
-            out = torch.empty((), dtype=reference.norm_dtype(gathered.grads[:1]))
+            wide = reference.norm_dtype(gathered.grads[:1])
+            out = torch.empty((), dtype=wide, device="cpu")  # not on a default device
             args = (gathered.grad_pointers, plan.sizes, plan.first_chunk, dtype, norm_type)
             if norm.norm_into(out, *args, torch.get_num_threads()):
                 return out
@@ -263,7 +264,7 @@ class MultiTensorStep:
             bucket.sizes,
             bucket.first_chunk,
             launch.scalars,
-            [values[node.name] for node in launch.kernel.program.values],
+            [values[name] for name in launch.kernel.values],
             torch.get_num_threads(),
         )
 

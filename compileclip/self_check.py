@@ -49,7 +49,7 @@ def check(
     smallest = sorted(range(len(bucket.params)), key=bucket.sizes.__getitem__)[:TENSORS]
     params = [bucket.params[i] for i in smallest]
     states = [{k: v for k, v in bucket.states[i].items() if k in bucket.dtypes} for i in smallest]
-    clips = "norm" in {node.name for node in kernel.program.values}
+    clips = "norm" in kernel.values
     coef = reference.clip_coef(float(max_norm), norm) if clips else None
 
     theirs = _Copies(params, states, others)
@@ -68,7 +68,7 @@ def check(
         sizes,
         first_chunk,
         scalars,
-        [pointers[node.name] for node in kernel.program.values],
+        [pointers[name] for name in kernel.values],
         1,
     )
     for node, name, column in zip(operands, names, columns, strict=True):

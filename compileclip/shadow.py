@@ -35,7 +35,9 @@ class Shadow:
         shape: tuple[int, ...] = SHAPES[0],
     ) -> None:
         """Make it for ``optimizer``, with operands of ``dtypes`` and of ``shape``."""
-        self.tensors = {name: torch.ones(shape, dtype=dtype) for name, dtype in dtypes.items()}
+        self.tensors = {
+            name: torch.ones(shape, dtype=dtype, device="cpu") for name, dtype in dtypes.items()
+        }
         self.tensors["param"] = torch.nn.Parameter(self.tensors["param"])
         self.tensors["param"].grad = self.tensors["grad"]
         self.state: dict[str, Any] = {}

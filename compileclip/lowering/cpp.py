@@ -29,6 +29,7 @@ class Kernel:
 
     Attributes:
         program: what it was made of.
+        values: the names of ``program.values``.
 
     Raises:
         UnsupportedError: the program holds an operation or a dtype without C++ code.
@@ -37,6 +38,7 @@ class Kernel:
 
     def __init__(self, program: Program) -> None:
         self.program = program
+        self.values = [node.name for node in program.values]
         self._step = native.load(source(program)).step
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         self._step.argtypes = (pointer, integer, pointer, pointer, pointer, pointer, ctypes.c_int)
@@ -92,6 +94,7 @@ class _Source:
 
     def __init__(self, program: Program) -> None:
         self.program = program
+        self.values = [node.name for node in program.values]
         self.once: list[tuple[str, str, str]] = []
         self.each: list[str] = []
         self._names: dict[Node, str] = {}

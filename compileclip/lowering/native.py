@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import getpass
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -93,9 +95,10 @@ def _compile(compiler: str, source: str, scratch: Path) -> Path:
 
 def cache_folder() -> Path:
     """A folder that can be written: torch's own, or one of this process's."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    folder = Path(cache_dir()) / "compileclip"
+    # As torch._inductor.runtime.cache_dir_utils has it, whose import takes a second.
+    user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    shared = Path(tempfile.gettempdir()) / f"torchinductor_{user}"
+    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", shared)) / "compileclip"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
