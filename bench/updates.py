@@ -67,10 +67,12 @@ def compiled_update(model: nn.Module, recipe: Recipe) -> Update:
     return Update(update.optimizer, torch.compile(update.clip_and_step))
 
 
-def compileclip_update(model: nn.Module, recipe: Recipe, **options: Any) -> Update:
+def compileclip_update(
+    model: nn.Module, recipe: Recipe, mode: str = "auto", **options: Any
+) -> Update:
     """A wrapped ``AdamW``, whose step clips; ``options`` are passed to ``AdamW``."""
     adamw = AdamW(_groups(model), lr=recipe.lr, betas=BETAS, **options)
-    optimizer = compileclip.wrap(adamw, recipe.max_norm)
+    optimizer = compileclip.wrap(adamw, recipe.max_norm, mode=mode)
 
     def clip_and_step() -> Tensor:
         optimizer.step()
@@ -113,7 +115,9 @@ UPDATES: dict[str, Callable[[nn.Module, Recipe], Update | TrainingStep]] = {
     "compileclip": compileclip_update,
     ONE_GRAPH: compiled_training_step,
     "torch, fused": lambda model, recipe: torch_update(model, recipe, fused=True),
-    "compileclip, fused": lambda model, recipe: compileclip_update(model, recipe, fused=True),
+    "compileclip, eager": lambda model, recipe: compileclip_update(
+        model, recipe, mode="eager", fused=True
+    ),
 }
 
 

@@ -161,10 +161,10 @@ def initialize_state(optimizer: Optimizer, with_grad: bool = False) -> int:
             continue
         if "capturable" in group and any(p.is_cuda for p in fresh):
             group["capturable"] = True
-        kept = [p.grad for p in group["params"]]
+        kept, among = [p.grad for p in group["params"]], set(fresh)
         try:
             for p in group["params"]:
-                p.grad = torch.zeros_like(p) if p in set(fresh) else None
+                p.grad = torch.zeros_like(p) if p in among else None
             with torch.no_grad():
                 function(optimizer, group, *([] for _ in range(lists)))
         finally:

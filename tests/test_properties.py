@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +17,14 @@ import compileclip
 
 # Unlimited shrinking and no deadline: these machines are shared.
 relaxed = settings(max_examples=200, deadline=None)
+
+
+@pytest.fixture(autouse=True, scope="module", params=["", "1"], ids=["compiled", "eager"])
+def _both(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each test with the native norm, and with everything compiled switched off."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMPILECLIP_DISABLE", request.param)
+        yield
 
 
 @st.composite

@@ -19,6 +19,12 @@ import compileclip
 from compileclip import eager
 
 
+@pytest.fixture(autouse=True, params=["", "1"], ids=["compiled", "eager"])
+def _both(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test as users have it, and with everything compiled switched off."""
+    monkeypatch.setenv("COMPILECLIP_DISABLE", request.param)
+
+
 def wrapped_sgd(**options: Any) -> Any:
     params = params_like([(3, 3), (3,)])
     set_grads(params, seed=0, scale=10)
