@@ -58,8 +58,6 @@ MUTANTS = [
      "self._settings = ClipSettings(1.0)", "tests/test_training.py"),
     ("shared hooks", "optimizer.py", "self.__dict__[name] = value",
      "self.__dict__[name] = type(value)()", "tests/test_wrapper.py"),
-    ("scale of a program", "../passes/insert_norm_and_scale.py",
-     "reader.replace_input_with(gradient, clipped)", "pass", "tests/test_buckets.py"),
     ("write-back of a program", "assemble.py", "and (grads or name", "and (True or name",
      "tests/test_buckets.py"),
     ("state that was replaced", "buckets.py", "if not all(map(operator.is_, now, before)):",

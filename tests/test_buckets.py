@@ -235,6 +235,27 @@ def test_state_that_is_loaded_replaced_or_moved() -> None:
     twins.step(4)
 
 
+def test_state_of_another_layout() -> None:
+    twins = Twins(shapes=[(4, 4), (5,)])
+    twins.step(0)
+    twins.step(1)
+    for opt in twins.both:
+        state = opt.state[all_params(opt)[0]]
+        values = torch.arange(16.0).reshape(4, 4)
+        state["momentum_buffer"] = torch.empty_strided((4, 4), (1, 4)).copy_(values)
+    twins.step(2, served=False)
+    twins.step(3, served=False)
+
+
+def test_a_gradient_that_comes_late() -> None:
+    twins = Twins(shapes=[(4,), (5,)])
+    for step in range(4):
+        twins.step(step, change=lambda i, p: setattr(p, "grad", None) if i == 1 else None)
+    before = all_params(twins.ours)[1].detach().clone()
+    twins.step(4)
+    assert not torch.equal(all_params(twins.ours)[1], before)
+
+
 def test_step_counts_that_the_user_changes() -> None:
     twins = Twins(lambda params: torch.optim.NAdam(params, lr=0.1, foreach=False))
     for seed in range(3):

@@ -27,6 +27,7 @@ OPTIONS = (
     *("-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared"),
 )
 TIMEOUT = 120.0  # seconds
+DIGEST = 32  # bytes at the end of a library's file, which its loader does not read
 
 
 class CompilerError(RuntimeError):
@@ -51,11 +52,13 @@ def load(source: str) -> ctypes.CDLL:
     key = hashlib.sha256("\0".join((source, compiler, *OPTIONS, _machine())).encode()).hexdigest()
     folder = cache_folder()
     path = folder / f"{key[:40]}.so"
-    if path.exists():
-        with contextlib.suppress(OSError):  # truncated, or of another machine
+    if _is_whole(path):
+        with contextlib.suppress(OSError):  # of another machine
             return ctypes.CDLL(str(path))
     with tempfile.TemporaryDirectory(dir=folder, prefix="making-") as scratch:
         made = _compile(compiler, source, Path(scratch))
+        content = made.read_bytes()
+        made.write_bytes(content + hashlib.sha256(content).digest())
         library = ctypes.CDLL(str(made))  # stays loaded when its file is gone
         with contextlib.suppress(OSError):
             os.replace(made, path)
@@ -73,6 +76,15 @@ def find_compiler() -> str:
         f"there is no C++ compiler {wanted!r}" if wanted else "there is no C++ compiler",
         "install g++, or set CXX to a compiler",
     )
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether ``path`` ends with the digest of what comes before: to load less is to crash."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]
 
 
 def _compile(compiler: str, source: str, scratch: Path) -> Path:
