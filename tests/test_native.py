@@ -118,3 +118,21 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(CompilerError, match="no C\\+\\+ compiler 'no-such-compiler'"):
         twice("none")
+
+
+def test_a_folder_from_which_nothing_may_be_executed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str) -> None:
+        raise OSError(f"{path}: failed to map segment from shared object")
+
+    monkeypatch.setattr(native.ctypes, "CDLL", refuse)
+    with pytest.raises(CompilerError, match=r"cannot be stored or loaded: .*failed to map"):
+        twice("noexec")
+
+
+def test_a_user_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nameless() -> str:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setattr(native.getpass, "getuser", nameless)
+    assert native.cache_folder().parent.name == f"torchinductor_{os.getuid()}"

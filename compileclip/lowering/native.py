@@ -46,9 +46,20 @@ def load(source: str) -> ctypes.CDLL:
         source: C++17; functions for callers are ``extern "C"``.
 
     Raises:
-        CompilerError: there is no compiler, it fails, or it takes longer than ``TIMEOUT``.
+        CompilerError: there is no compiler, it fails, or it takes longer than ``TIMEOUT``; or what
+            it made cannot be stored or loaded.
     """
     compiler = find_compiler()
+    try:
+        return _load(source, compiler)
+    except OSError as error:  # no space left, a folder from which nothing may be executed
+        raise CompilerError(
+            f"a compiled library cannot be stored or loaded: {error}",
+            "set TORCHINDUCTOR_CACHE_DIR to a folder for libraries",
+        ) from error
+
+
+def _load(source: str, compiler: str) -> ctypes.CDLL:
     key = hashlib.sha256("\0".join((source, compiler, *OPTIONS, _machine())).encode()).hexdigest()
     folder = cache_folder()
     path = folder / f"{key[:40]}.so"
@@ -108,14 +119,20 @@ def _compile(compiler: str, source: str, scratch: Path) -> Path:
 def cache_folder() -> Path:
     """A folder that can be written: torch's own, or one of this process's."""
     # As torch._inductor.runtime.cache_dir_utils has it, whose import takes a second.
-    user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
-    shared = Path(tempfile.gettempdir()) / f"torchinductor_{user}"
+    shared = Path(tempfile.gettempdir()) / f"torchinductor_{_user()}"
     folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", shared)) / "compileclip"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return Path(_own_folder())
     return folder if os.access(folder, os.W_OK) else Path(_own_folder())
+
+
+def _user() -> str:
+    try:
+        return re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    except (KeyError, OSError):  # one without a name, as in some containers
+        return str(os.getuid())
 
 
 @functools.cache
