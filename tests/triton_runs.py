@@ -21,12 +21,12 @@ def device() -> str:
     return "cpu" if INTERPRETED else "cuda"
 
 
-def passed_in_the_interpreter(file: str) -> int:
+def passed_in_the_interpreter(file: str, *options: str) -> int:
     """Run the tests of a file again; how many passed, or an assertion that none failed."""
     if INTERPRETED or torch.cuda.is_available():
         pytest.skip("the others run here")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, *options],
         env={**os.environ, "TRITON_INTERPRET": "1"},  # read when triton is imported
         cwd=os.path.dirname(os.path.dirname(__file__)),
         capture_output=True,

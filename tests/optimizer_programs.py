@@ -1,0 +1,58 @@
+"""The programs of torch's own optimizers, as mode="multi_tensor" hands them to a lowering."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from unittest import mock
+
+import pytest
+import torch
+from test_multi_tensor import INPUTS
+from test_optim_db import give_gradients, make
+from torch.optim import Optimizer
+
+import compileclip
+from compileclip.fallback import FallbackWarning
+from compileclip.lowering import UnsupportedError, cpp
+from compileclip.program import Program
+
+WARM = 6  # RAdam does something else from its sixth step on, SGD from its second
+_NAMES = [case.values[0].name for case in INPUTS]
+# Entries of INPUTS, by their place there; and the first of each optimizer.
+EVERY_INPUT = [pytest.param(i, id=case.id) for i, case in enumerate(INPUTS)]
+FIRST_INPUTS = [EVERY_INPUT[_NAMES.index(name)] for name in dict.fromkeys(_NAMES)]
+ADAMW = _NAMES.index("AdamW")
+
+
+@functools.cache
+def programs(index: int, dtype: torch.dtype) -> tuple[Program, ...]:
+    """The one or two programs of ``INPUTS[index]``, all operands in ``dtype``."""
+    info, kwargs = INPUTS[index].values
+    found: list[Program] = []
+    for steps in (0, WARM):
+        opt = make(info, kwargs, dtype)
+        for step in range(steps):
+            give_gradients(info, opt, step)
+            opt.step()
+        give_gradients(info, opt, steps)
+        program = captured(opt)
+        if not found or str(found[0].graph) != str(program.graph):
+            found.append(program)
+    return tuple(found)
+
+
+def captured(optimizer: Optimizer) -> Program:
+    """The program of the first group's next step; nothing is compiled."""
+    found: list[Program] = []
+
+    def init(_: cpp.Kernel, program: Program) -> None:
+        found.append(program)
+        raise UnsupportedError("a program was all that was wanted")
+
+    wrapped = compileclip.wrap(optimizer, 1.0, mode="multi_tensor")
+    with mock.patch.object(cpp.Kernel, "__init__", init), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        wrapped.step()
+    assert found, wrapped.explain()
+    return found[0]

@@ -1,0 +1,186 @@
+"""Kernels for GPUs, compiled without one: 16-byte accesses, no spills, how many kernels there are.
+
+For NVIDIA's sm_80 and sm_90 and for AMD's gfx942. Every input of torch's list is under the marker
+``sweep``, each optimizer's first one in the usual run.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+from lowering_operations import CASES, LIBRARY, SCALARS, Build
+from lowering_programs import adamw, program
+from optimizer_programs import ADAMW, EVERY_INPUT, FIRST_INPUTS, programs
+from torch.fx import Proxy
+from triton_runs import INTERPRETED
+from triton_targets import TARGETS, Code, compile_for, compile_program, options_for
+
+from compileclip.lowering import triton_norm
+from compileclip.lowering.triton import BLOCK, OPTIONS, Kernel, block_list
+from compileclip.program import Program, dtype_of
+
+if INTERPRETED:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+on_each_target = pytest.mark.parametrize("target", TARGETS)
+
+
+def bytes_per_thread(target: str, dtype: torch.dtype) -> int:
+    """How much of a block of one operand a thread has."""
+    return BLOCK * dtype.itemsize // (int(OPTIONS["num_warps"]) * TARGETS[target].warp_size)
+
+
+def check_update(made: Program, code: Code) -> None:
+    """One kernel, which moves operands 16 bytes at a time and keeps all else in registers."""
+    assert code.spilled == 0
+    check_moves(made, code)
+
+
+def check_moves(made: Program, code: Code) -> None:
+    assert code.kernels == 1
+    assert not re.findall(r"\b(?:atom|red)\.|global_atomic|\.local|scratch_", code.text)
+    stored = [n for n in made.operands if n.name in made.stored]
+    read = [n for n in made.operands if n.users]  # ASGD's average may be written alone
+    for kind, operands in (("load", read), ("store", stored)):
+        wide = sum(bytes_per_thread(code.target, dtype_of(n)) // 16 for n in operands)
+        assert code.accesses.count((kind, 128)) == wide
+    assert {bits for _, bits in code.widest.accesses} == {128}
+    assert not re.findall(r"\.shared|\bds_(?:read|write)", code.widest.text)
+
+
+@on_each_target
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+def test_adamw(target: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+    (made,) = programs(ADAMW, dtype)
+    code = compile_program(target, made)
+    if bytes_per_thread(target, dtype) < 16:
+        reason = "256 threads have 8 bytes each of a block of 1024"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+        assert code.spilled == 0
+        assert bytes_per_thread(target, dtype) >= 16
+    check_update(made, code)
+
+
+@pytest.mark.parametrize("case", FIRST_INPUTS)
+def test_each_optimizer(case: int) -> None:
+    for made in programs(case, F32):
+        check_update(made, compile_program("sm_90", made))
+
+
+@pytest.mark.sweep
+@on_each_target
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+@pytest.mark.parametrize("case", EVERY_INPUT)
+def test_each_input(case: int, dtype: torch.dtype, target: str) -> None:
+    for made in programs(case, dtype):
+        code = compile_program(target, made)
+        # Of RAdam in 16 bits on sm_80 and Adadelta in float64 on sm_90, ptxas stores one register
+        # around the tail's call for a slow division: 4 bytes and 4 more, and a frame of 8.
+        assert code.spilled <= 16
+        if bytes_per_thread(target, dtype) >= 16:
+            check_moves(made, code)
+
+
+@pytest.mark.xfail(reason="enable_reflect_ftz is no option of AMD's backend", strict=True)
+def test_the_options_are_known_to_amd() -> None:
+    assert options_for("gfx942") == OPTIONS
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [
+        ("gfx942", F32),
+        # sm_90 is in test_lowering_triton.py
+        *(pytest.param("sm_80", d, marks=pytest.mark.sweep) for d in (F32, F64, BF16, F16)),
+        *(pytest.param("gfx942", d, marks=pytest.mark.sweep) for d in (F64, BF16, F16)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("builds", [CASES, LIBRARY], ids=["own", "libdevice"])
+def test_every_operation_compiles(
+    builds: dict[str, Build], target: str, dtype: torch.dtype
+) -> None:
+    def stores(x: Proxy, y: Proxy, z: Proxy, s: Proxy, **outs: Proxy) -> dict[str, Proxy]:
+        return dict(zip(outs, (build(x, y, z, s) for build in builds.values()), strict=True))
+
+    names = ["x", "y", "z", *(f"out{i}" for i in range(len(builds)))]
+    made = program(stores, dict.fromkeys(names, dtype), SCALARS)
+    assert compile_program(target, made).kernels == 1
+
+
+@on_each_target
+@pytest.mark.parametrize(
+    "order", ["squares", *(pytest.param(x, marks=pytest.mark.sweep) for x in ("max", "values"))]
+)
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+def test_norm(dtype: torch.dtype, order: str, target: str, request: pytest.FixtureRequest) -> None:
+    """The first kernel's loop loads 16 bytes at a time; neither kernel spills."""
+    if dtype == F64 and order == "squares":
+        # ptxas: 1,900 bytes stored and loaded; _SHARES = 4096 needs none.
+        reason = "three sums of 8192 shares do not fit into the second kernel's registers"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+    constants = {"ORDER": order, "SCALED": order == "squares" and dtype == F64}
+    shares, numbers = torch.zeros(3, 1, dtype=F64), torch.zeros(1, dtype=torch.int64)
+    first = compile_for(
+        target,
+        triton_norm._take_shares,
+        *(numbers, numbers, block_list([1]), shares, 0, 1),
+        DTYPE=triton_norm._TYPES[dtype],
+        WIDE=triton_norm._wide(dtype, math.inf if order == "max" else 1.0),
+        CHUNK=triton_norm.CHUNK,
+        **constants,
+        **triton_norm._FIRST,
+    )
+    second = compile_for(
+        target,
+        triton_norm._add_shares,
+        *(shares, torch.zeros(()), 1),
+        **constants,
+        **triton_norm._SECOND,
+    )
+    for code in (first, second):
+        assert code.kernels == 1
+        assert code.spilled == 0
+        assert not re.findall(r"\b(?:atom|red)\.|global_atomic|\.local|scratch_", code.text)
+    assert set(first.widest.accesses) == {("load", 128)}
+    threads = triton_norm._FIRST["num_warps"] * TARGETS[target].warp_size
+    step = triton_norm._STEP.value * dtype.itemsize
+    assert first.accesses.count(("load", 128)) == step // threads // 16
+
+
+class Counter:
+    """Takes the place of a kernel and counts launches."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*_: Any, **__: Any) -> None:
+            self.launches += 1
+
+        return launch
+
+
+@pytest.mark.parametrize("count", [1, 1000])
+def test_how_many_kernels_a_step_has(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two for the norm and one for the update, however many tensors there are."""
+    made = adamw()
+    rows = [[torch.zeros(3) for _ in range(count)] for _ in made.operands]
+    table = torch.tensor([[t.data_ptr() for t in row] for row in rows])
+    kernel, norm, update = Kernel(made), Counter(), Counter()
+    for name in ("_take_shares", "_add_shares"):
+        monkeypatch.setattr(triton_norm, name, norm)
+    kernel._step = update
+    values: list[Tensor] = [torch.zeros(()) for _ in made.values]
+    triton_norm.total_norm(rows[1], 2.0)
+    sizes = torch.full((count,), 3)
+    kernel(table, sizes, block_list(sizes.tolist()), [1.0] * len(made.scalars), values)
+    assert (norm.launches, update.launches) == (2, 1)
