@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from array import array
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -51,33 +50,6 @@ class Bucket:
         self.sizes, self.first_chunk = chunks(self.params)
         self._share_counts()
 
-    def find(self, served: Sequence[Tensor]) -> None:
-        """Note where ``params`` are among all that are served."""
-        place = {p: i for i, p in enumerate(served)}
-        places = [place[p] for p in self.params]
-        self._places = None if len(places) == len(served) else places
-
-    def pick(self, column: array[int]) -> array[int]:
-        """What ``column``, with an entry for each parameter that is served, has for ``params``."""
-        if self._places is None:
-            return column
-        return array("Q", [column[i] for i in self._places])
-
-    def state_pointers(self) -> dict[str, array[int]]:
-        """The data pointers of the state of the parameters' shape, by name.
-
-        Raises:
-            StaleError: the state is no longer what it was.
-        """
-        columns = [self._column(name) for name in self._kept]
-        for now, before in zip(columns, self._columns, strict=True):
-            if not all(map(operator.is_, now, before)):
-                raise StaleError
-        if any(buffer._version != version for buffer, version in self._versions):
-            raise StaleError
-        tensors = zip(self._kept, columns, strict=True)
-        return {k: pointers(column) for k, column in tensors if k in self.dtypes}
-
     def extended(self, made: Mapping[str, Any]) -> Bucket:
         """This bucket with state that a step has made, allocated for each parameter.
 
@@ -100,11 +72,16 @@ class Bucket:
     def advance(self, state: dict[str, Any]) -> None:
         """Take over what a step left in the leader's ``state``: step counts and the like."""
         for name, buffer in self.counts.items():
-            buffer.fill_(state[name])
+            if buffer is not state[name]:
+                buffer.fill_(state[name].item())
         for name in self.numbers:
             for other in self.states:
                 other[name] = state[name]
         self._versions = [(buffer, buffer._version) for buffer in self.counts.values()]
+
+    def counts_are_unchanged(self) -> bool:
+        """Whether nothing has written to the counts since the last step."""
+        return all(buffer._version == version for buffer, version in self._versions)
 
     @property
     def known(self) -> set[str]:
@@ -117,17 +94,6 @@ class Bucket:
         first = self.states[0]
         return {name: first[name] for name in (*self.counts, *self.numbers)}
 
-    @property
-    def _kept(self) -> list[str]:
-        state = [name for name in self.dtypes if name not in ("param", "grad")]
-        return [*state, *self.counts]
-
-    def _column(self, name: str) -> list[Any]:
-        try:
-            return [state[name] for state in self.states]
-        except KeyError:
-            raise StaleError from None
-
     def _share_counts(self) -> None:
         """Make the 0-dim tensors of each name views of one buffer, which one call fills."""
         for name in self.counts:
@@ -137,13 +103,7 @@ class Bucket:
                 for state, view in zip(self.states, buffer.unbind(), strict=True):
                     state[name] = view
             self.counts[name] = buffer
-        self._columns = [self._column(name) for name in self._kept]
         self._versions = [(buffer, buffer._version) for buffer in self.counts.values()]
-
-
-def pointers(tensors: Sequence[Tensor]) -> array[int]:
-    """The addresses of the data of ``tensors``."""
-    return array("Q", list(map(Tensor.data_ptr, tensors)))
 
 
 def chunks(tensors: Sequence[Tensor]) -> tuple[array[int], array[int]]:

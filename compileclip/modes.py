@@ -23,7 +23,7 @@ from compileclip.traced import can_undo
 if TYPE_CHECKING:
     from compileclip.inductor import CompiledStep
     from compileclip.multi_tensor import MultiTensorStep
-    from compileclip.plan import Gathered
+    from compileclip.plan import Copied
 
 
 class Modes:
@@ -95,10 +95,10 @@ class Modes:
 
     def _again(self, settings: ClipSettings, report: Callable[[Tensor], None]) -> bool:
         """Step as in the last step; False if anything but numbers has changed since."""
-        gathered = None if self.kernels is None else self.kernels.gather(settings)
-        if gathered is None:
+        copies = None if self.kernels is None else self.kernels.gather(settings)
+        if copies is None:
             return False
-        self._run(settings, gathered, report)
+        self._run(settings, copies, report)
         return True
 
     def _multi_tensor(
@@ -110,9 +110,9 @@ class Modes:
             self.kernels = MultiTensorStep(self._optimizer)
         if settings.write_grads is True:
             eager.make_writable(grads.params)
-        gathered = self.kernels.plan(settings, grads.params)
-        if gathered is not None:
-            self._run(settings, gathered, report)
+        copies = self.kernels.plan(settings, grads.params)
+        if copies is not None:
+            self._run(settings, copies, report)
             return
         self._warn(settings)
         norm = grads.total_norm(settings.norm_type)
@@ -120,17 +120,17 @@ class Modes:
         eager.update(self._optimizer, settings, grads, norm)
 
     def _run(
-        self, settings: ClipSettings, gathered: Gathered, report: Callable[[Tensor], None]
+        self, settings: ClipSettings, copies: Sequence[Copied], report: Callable[[Tensor], None]
     ) -> None:
         assert self.kernels is not None
-        norm = self.kernels.total_norm(gathered, settings.norm_type)
+        norm = self.kernels.total_norm(copies, settings.norm_type)
         report(norm)
         if settings.nonfinite != "propagate":
             grads = Gradients([])
             if not eager.may_step(self._optimizer, settings, grads, norm):
                 return
             settings = replace(settings, nonfinite="propagate")  # decided
-        left = self.kernels.run(settings, gathered, norm)
+        left = self.kernels.run(settings, copies, norm)
         if left:
             self._warn(settings)
             self._eager(settings, left, norm)

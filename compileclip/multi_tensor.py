@@ -7,7 +7,6 @@ hyperparameter changed; a step that does other operations (RAdam's sixth) is ano
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,15 +15,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compileclip import reference, traced
+from compileclip import traced
 from compileclip.assemble import assemble
 from compileclip.buckets import Bucket, StaleError
 from compileclip.capture import ChangedError, Recording, record, replay
 from compileclip.functional import get_total_norm
+from compileclip.gather import Table
 from compileclip.lowering import UnsupportedError, cpp, norm
 from compileclip.lowering.native import CompilerError
 from compileclip.passes.insert_norm_and_scale import InsertNormAndScale
-from compileclip.plan import Gathered, Plan
+from compileclip.plan import Copied, Plan
 from compileclip.rehearsal import Rehearsal
 from compileclip.self_check import check
 from compileclip.settings import ClipSettings
@@ -41,11 +41,15 @@ class _Work:
     ``rehearsal`` is of the latest recording, if that can be rehearsed.
     """
 
-    bucket: Bucket
+    table: Table
     shadow: Shadow
     recordings: list[Recording] = field(default_factory=list)
     rehearsal: Rehearsal | None = None
     kernels: dict[Any, cpp.Kernel] = field(default_factory=dict)
+
+    @property
+    def bucket(self) -> Bucket:
+        return self.table.bucket
 
 
 @dataclass
@@ -73,6 +77,8 @@ class MultiTensorStep:
         self._plan: Plan | None = None
         self._works: list[_Work] = []
         self._max_norm = torch.zeros((), dtype=torch.float64, device="cpu")
+        self._filled: float | None = None  # what is in it
+        self._insert: InsertNormAndScale | None = None
         self._for_now: str | None = None  # why the last step was not served, though others may be
 
     @property
@@ -96,17 +102,18 @@ class MultiTensorStep:
             return f"of {len(self.refused)} parameters: {self.refused[0][1]}", OTHER_MODES
         return None
 
-    def gather(self, settings: ClipSettings) -> Gathered | None:
-        """The tensors of this step if they are what they were in the last, or None."""
-        gathered = self._gather()
-        if gathered is not None and settings.write_grads:
-            addresses = [a for a in gathered.grad_pointers if a]
-            if gathered.copies or len(set(addresses)) < len(addresses):
+    def gather(self, settings: ClipSettings) -> list[Copied] | None:
+        """Look up the tensors of this step; None unless they are what they were in the last."""
+        copies = self._gather()
+        if copies is not None and settings.write_grads:
+            assert self._plan is not None
+            addresses = [a for a in self._plan.grads if a]
+            if copies or len(set(addresses)) < len(addresses):
                 return None  # these cannot be written without a closer look
-        return gathered
+        return copies
 
-    def _gather(self) -> Gathered | None:
-        if self._plan is None or self.refusal is not None or not self._plan.buckets:
+    def _gather(self) -> list[Copied] | None:
+        if self._plan is None or self.refusal is not None or not self._plan.tables:
             return None
         try:
             return self._plan.gather()
@@ -114,8 +121,8 @@ class MultiTensorStep:
             self._plan = None
             return None
 
-    def plan(self, settings: ClipSettings, params: Sequence[Tensor]) -> Gathered | None:
-        """Sort ``params``, which have gradients, anew, and gather; None if none is served."""
+    def plan(self, settings: ClipSettings, params: Sequence[Tensor]) -> list[Copied] | None:
+        """Sort ``params``, which have gradients, anew, and look up; None if none is served."""
         self._plan, self._for_now = None, None
         if self.refusal is not None:
             return None
@@ -126,31 +133,37 @@ class MultiTensorStep:
             self._for_now = "two parameters have one gradient, which is to be written"
             return None
         traced.initialize_state(self._optimizer, with_grad=True)
-        self._plan = Plan(self._optimizer, params)
-        self._works = [_Work(b, Shadow(self._optimizer, b.dtypes)) for b in self._plan.buckets]
+        try:
+            self._plan = Plan(self._optimizer, params)
+        except (UnsupportedError, CompilerError) as reason:
+            self._refuse(reason)
+            return None
+        self._works = [
+            _Work(t, Shadow(self._optimizer, t.bucket.dtypes)) for t in self._plan.tables
+        ]
         return self._gather()
 
-    def total_norm(self, gathered: Gathered, norm_type: float) -> Tensor:
+    def total_norm(self, copies: Sequence[Copied], norm_type: float) -> Tensor:
         """The norm of all gradients, those of parameters that are not served included."""
         plan = self._plan
         assert plan is not None
-        # With the pointers at hand, as get_total_norm takes it, to the bit.
-        alike = len(plan.dtypes) == 1 and not plan.refused and not gathered.copies
+        # With the addresses at hand, as get_total_norm takes it, to the bit.
+        alike = len(plan.dtypes) == 1 and not plan.refused and not copies
         if alike and plan.dtypes <= norm.SERVED.get(norm_type, set()):
             (dtype,) = plan.dtypes
-            wide = reference.norm_dtype(gathered.grads[:1])
+            wide = torch.promote_types(dtype, torch.float32)
             out = torch.empty((), dtype=wide, device="cpu")  # not on a default device
-            args = (gathered.grad_pointers, plan.sizes, plan.first_chunk, dtype, norm_type)
+            args = (plan.grads, plan.sizes, plan.first_chunk, dtype, norm_type)
             if norm.norm_into(out, *args, torch.get_num_threads()):
                 return out
         return get_total_norm([p.grad for p in plan.params if p.grad is not None], norm_type)
 
-    def run(self, settings: ClipSettings, gathered: Gathered, norm: Tensor) -> list[Tensor]:
+    def run(self, settings: ClipSettings, copies: Sequence[Copied], norm: Tensor) -> list[Tensor]:
         """Clip and step.
 
         Args:
             settings: how to clip; what ``nonfinite`` says is done already.
-            gathered: what ``gather`` or ``plan`` returned.
+            copies: what ``gather`` or ``plan`` returned.
             norm: the total norm of all gradients.
 
         Returns:
@@ -158,20 +171,31 @@ class MultiTensorStep:
         """
         assert self._plan is not None
         plan = self._plan
-        insert = InsertNormAndScale(
-            settings.norm_type, settings.max_norm is not None, settings.write_grads is True
-        )
-        if settings.max_norm is not None:
+        insert = self._pass(settings)
+        if settings.max_norm is not None and settings.max_norm != self._filled:
             self._max_norm.fill_(settings.max_norm)
+            self._filled = settings.max_norm
         try:
-            self._step(insert, gathered, norm)
-        except (NotPointwiseError, UnsupportedError) as reason:
-            self.refusal = CannotCompileError(str(reason), OTHER_MODES)
-        except CompilerError as error:
-            self.refusal = CannotCompileError(error.cause, error.remedy)
-        return [p for p, _ in plan.refused] if self.refusal is None else plan.params
+            self._step(insert, copies, norm)
+        except (NotPointwiseError, UnsupportedError, CompilerError) as reason:
+            self._refuse(reason)
+            return plan.params
+        return [p for p, _ in plan.refused]
 
-    def _step(self, insert: InsertNormAndScale, gathered: Gathered, norm: Tensor) -> None:
+    def _pass(self, settings: ClipSettings) -> InsertNormAndScale:
+        clip = settings.max_norm is not None
+        if self._insert is None or self._insert.clip != clip:  # the rest of settings never changes
+            write = settings.write_grads is True
+            self._insert = InsertNormAndScale(settings.norm_type, clip, write)
+        return self._insert
+
+    def _refuse(self, reason: NotPointwiseError | UnsupportedError | CompilerError) -> None:
+        if isinstance(reason, CompilerError):
+            self.refusal = CannotCompileError(reason.cause, reason.remedy)
+        else:
+            self.refusal = CannotCompileError(str(reason), OTHER_MODES)
+
+    def _step(self, insert: InsertNormAndScale, copies: Sequence[Copied], norm: Tensor) -> None:
         saved = [_copies(work.bucket.leader) for work in self._works]
         launches = []
         try:
@@ -182,17 +206,16 @@ class MultiTensorStep:
                 _restore(work.bucket.leader, before)
             raise
         # Last in the norm, first in the update: what was read last is still in the cache.
-        for launch, table in reversed(list(zip(launches, gathered.tables, strict=True))):
+        for launch in reversed(launches):
             work = launch.work
             made = {k: v for k, v in work.shadow.state.items() if k not in work.bucket.known}
             if made:
-                work.bucket = work.bucket.extended(made)
-                table.update(work.bucket.state_pointers())
+                work.table = work.table.extended(work.bucket.extended(made))
                 self._plan = None  # there is more state now
-            self._launch(launch, table, norm)
+            self._launch(launch, norm)
         if insert.write_grads:
-            for grad, written in gathered.copies:
-                grad.copy_(written)
+            for copied in copies:
+                copied.grad.copy_(copied.copy)
         for work in self._works:
             work.bucket.advance(work.shadow.state)
             self._optimizer.param_groups[work.bucket.group].update(work.shadow.changes)
@@ -203,7 +226,7 @@ class MultiTensorStep:
         """Learn the scalars of this step, and find its kernel."""
         scalars = self._scalars(work, before)
         recording = work.recordings[-1]
-        key = (id(recording), insert, norm.dtype)
+        key = (id(recording), insert.clip, norm.dtype)
         if key not in work.kernels:
             kernel = self._kernel(work, recording, insert, norm.dtype)
             check(self._optimizer, work.bucket, kernel, scalars, before, self._max_norm, norm)
@@ -256,11 +279,11 @@ class MultiTensorStep:
             self.compilations += 1
         return self._kernels[key, insert, dtype]
 
-    def _launch(self, launch: _Launch, table: dict[str, array[int]], norm: Tensor) -> None:
+    def _launch(self, launch: _Launch, norm: Tensor) -> None:
         bucket = launch.work.bucket
         values = {"max_norm": self._max_norm.data_ptr(), "norm": norm.data_ptr()}
         launch.kernel(
-            [table[name] for name in bucket.dtypes],
+            launch.work.table.addresses,
             bucket.sizes,
             bucket.first_chunk,
             launch.scalars,

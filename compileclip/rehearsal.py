@@ -8,6 +8,7 @@ rehearsal, and the step is replayed on the shadow's tensors instead.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,8 +30,8 @@ _FALSE = ("is_sparse", "is_complex", "is_cuda", "is_mkldnn", "is_meta")
 class Prop:
     """Stands for one tensor of a recording."""
 
-    def __init__(self, rehearsal: Rehearsal, number: int, tensor: Tensor) -> None:
-        self._rehearsal, self._number, self._tensor = rehearsal, number, tensor
+    def __init__(self, rehearsal: Rehearsal, tensor: Tensor) -> None:
+        self._rehearsal, self._tensor = rehearsal, tensor
         self.grad: Prop | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -39,14 +40,17 @@ class Prop:
         if name in _FALSE:
             return False if name != "is_complex" else lambda: False
         if name in ("dtype", "device", "layout", "requires_grad"):
-            return getattr(self._tensor, name)
-        return self._rehearsal.method(self, name)
+            self.__dict__[name] = value = getattr(self._tensor, name)
+            return value
+        method = functools.partial(self._rehearsal.call, name, self)
+        self.__dict__[name] = method  # found without this function from now on
+        return method
 
     def __rtruediv__(self, other: Any) -> Any:
         return self.reciprocal() * other  # as torch does
 
     def __setitem__(self, mask: Any, value: Any) -> None:
-        self._rehearsal.call("index_put_", (self, mask, value), {})
+        self._rehearsal.call("index_put_", self, mask, value)
 
     def __hash__(self) -> int:
         return id(self)
@@ -63,12 +67,14 @@ class Prop:
         props = [a for a in args if isinstance(a, Prop)]
         if not props:
             raise ChangedError
-        return props[0]._rehearsal.call(func.__name__, args, kwargs or {})
+        return props[0]._rehearsal.call(func.__name__, *args, **(kwargs or {}))
 
 
 def _operator(name: str) -> Callable[..., Any]:
+    operation = _NAMES[name]
+
     def method(self: Prop, *args: Any) -> Any:
-        return self._rehearsal.call(_NAMES[name], (self, *args), {})
+        return self._rehearsal.call(operation, self, *args)
 
     return method
 
@@ -82,17 +88,19 @@ class Rehearsal:
 
     def __init__(self, shadow: Shadow, recording: Recording) -> None:
         self._shadow = shadow
-        self._expected = [(_name_of(call), call) for call in recording.calls]
         tensors: dict[int, Tensor] = {}
         for name, number in recording.before.items():
             tensors[number] = shadow.tensors[name]
         for call, (_, out) in zip(recording.calls, recording.tensors, strict=True):
             tensors.setdefault(call.out, out)
-        self._props = {number: Prop(self, number, t) for number, t in tensors.items()}
-        self._before = {name: self._props[number] for name, number in recording.before.items()}
+        props = {number: Prop(self, t) for number, t in tensors.items()}
+        self._expected = [
+            (_name_of(call), call.names, _expected(call, props), props[call.out])
+            for call in recording.calls
+        ]
+        self._before = {name: props[number] for name, number in recording.before.items()}
         self._before["param"].grad = self._before["grad"]
-        self._after = {name: self._props[number] for name, number in recording.after.items()}
-        self._methods: dict[tuple[int, str], Callable[..., Any]] = {}
+        self._after = {name: props[number] for name, number in recording.after.items()}
         self._next = 0
         self._scalars: list[float] = []
 
@@ -116,33 +124,30 @@ class Rehearsal:
             raise ChangedError
         return self._scalars
 
-    def method(self, prop: Prop, name: str) -> Callable[..., Any]:
-        """A bound method of ``prop`` for the operation ``name``."""
-        key = (prop._number, name)
-        if key not in self._methods:
-            self._methods[key] = lambda *args, **kwargs: self.call(name, (prop, *args), kwargs)
-        return self._methods[key]
-
-    def call(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Prop:
+    def call(self, name: str, /, *args: Any, **kwargs: Any) -> Prop:
         """Note the operation ``name``, which must be the next that is expected."""
         if self._next == len(self._expected):
             raise ChangedError
-        expected, call = self._expected[self._next]
-        if tuple(kwargs) != call.names:  # torch leaves out alpha=1 and value=1
-            kwargs = {k: v for k, v in kwargs.items() if k in call.names or v != 1}
-        leaves = (*args, *kwargs.values())
-        if name != expected or len(leaves) != len(call.leaves) or tuple(kwargs) != call.names:
+        expected, names, leaves, out = self._expected[self._next]
+        if tuple(kwargs) != names:  # torch leaves out alpha=1 and value=1
+            kwargs = {k: v for k, v in kwargs.items() if k in names or v != 1}
+        given = (*args, *kwargs.values()) if kwargs else args
+        if name != expected or len(given) != len(leaves) or tuple(kwargs) != names:
             raise ChangedError
-        for leaf, kind in zip(leaves, call.leaves, strict=True):
-            if kind is SCALAR:
-                self._scalars.append(float(leaf))
-            elif isinstance(leaf, Prop):
-                if leaf._number != kind:
-                    raise ChangedError
-            elif isinstance(kind, int) or leaf != kind[0]:
+        for leaf, wanted in zip(given, leaves, strict=True):
+            if leaf is wanted:  # a prop
+                continue
+            if wanted is SCALAR:
+                self._scalars.append(leaf if type(leaf) is float else float(leaf))
+            elif type(wanted) is not tuple or isinstance(leaf, Prop) or leaf != wanted[0]:
                 raise ChangedError
         self._next += 1
-        return self._props[call.out]
+        return out
+
+
+def _expected(call: Call, props: Mapping[int, Prop]) -> list[Any]:
+    """What ``call`` is to be given: props, ``SCALAR``, and ``(value,)`` for constants."""
+    return [props[leaf] if isinstance(leaf, int) else leaf for leaf in call.leaves]
 
 
 def _name_of(call: Call) -> str:

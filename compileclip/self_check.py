@@ -64,7 +64,7 @@ def check(
     sizes, first_chunk = chunks(ours.params)
     pointers = {"max_norm": max_norm.data_ptr(), "norm": norm.data_ptr()}
     kernel(
-        [array("Q", map(Tensor.data_ptr, column)) for column in columns],
+        array("Q", [tensor.data_ptr() for column in columns for tensor in column]),
         sizes,
         first_chunk,
         scalars,

@@ -64,7 +64,7 @@ def launch(
     for size in sizes:
         first_chunk.append(first_chunk[-1] - -size // CHUNK)
     kernel(
-        [array("Q", [t.data_ptr() for t in lists[node.name]]) for node in operands],
+        array("Q", [t.data_ptr() for node in operands for t in lists[node.name]]),
         sizes,
         first_chunk,
         [given[node.name] for node in kernel.program.scalars],

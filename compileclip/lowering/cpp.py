@@ -46,7 +46,7 @@ class Kernel:
 
     def __call__(
         self,
-        table: Sequence[array[int]],
+        table: array[int],
         sizes: array[int],
         first_chunk: array[int],
         scalars: Sequence[float],
@@ -56,8 +56,8 @@ class Kernel:
         """Run it on a bucket, in place.
 
         Args:
-            table: for each of ``program.operands``, the addresses of its tensors' data as 64-bit
-                integers. The tensors are dense, and no two of them overlap.
+            table: for one of ``program.operands`` after the other, the addresses of its tensors'
+                data as 64-bit integers. The tensors are dense, and no two of them overlap.
             sizes: how many elements each tensor has.
             first_chunk: the running sum of the tensors' numbers of chunks, from 0 on; one longer
                 than ``sizes``.
@@ -66,10 +66,9 @@ class Kernel:
             threads: how many to use at most. Thread t takes chunks ``t * total // threads`` up to
                 ``(t + 1) * total // threads``, the last one first.
         """
-        tables = array("Q", [column.buffer_info()[0] for column in table])
         floats, addresses = array("d", scalars), array("Q", values)
         self._step(
-            tables.buffer_info()[0],
+            table.buffer_info()[0],
             len(sizes),
             sizes.buffer_info()[0],
             first_chunk.buffer_info()[0],
@@ -119,7 +118,7 @@ class _Source:
         memory = [_types(dtype_of(node))[0] for node in self.program.operands]
         pointers = ", ".join(f"{kind}* __restrict p{i}" for i, kind in enumerate(memory))
         chunks = ", ".join(
-            f"reinterpret_cast<{kind}*>(tables[{i}][tensor]) + start"
+            f"reinterpret_cast<{kind}*>(table[{i} * tensors + tensor]) + start"
             for i, kind in enumerate(memory)
         )
         parts = {

@@ -241,7 +241,7 @@ $EACH
   }
 }
 
-static void walk(const Launch& launch, const uint64_t* const* tables, const int64_t* sizes,
+static void walk(const Launch& launch, const uint64_t* table, const int64_t* sizes,
                  const int64_t* first, int64_t tensors, int64_t begin, int64_t end) {
   if (begin >= end) return;
   int64_t tensor = std::upper_bound(first, first + tensors + 1, end - 1) - first - 1;
@@ -259,19 +259,19 @@ static bool is_small(int64_t tensors, const int64_t* sizes) {
   return elements < $GRAIN;
 }
 
-extern "C" void step(const uint64_t* const* tables, int64_t tensors, const int64_t* sizes,
+extern "C" void step(const uint64_t* table, int64_t tensors, const int64_t* sizes,
                      const int64_t* first, const double* scalars, const uint64_t* values,
                      int threads) {
   const int64_t total = first[tensors];
   const Launch launch = prepare(scalars, values);
   if (threads <= 1 || is_small(tensors, sizes)) {
-    walk(launch, tables, sizes, first, tensors, 0, total);
+    walk(launch, table, sizes, first, tensors, 0, total);
     return;
   }
 #pragma omp parallel num_threads(threads)
   {
     const int64_t count = omp_get_num_threads(), thread = omp_get_thread_num();
-    walk(launch, tables, sizes, first, tensors, thread * total / count,
+    walk(launch, table, sizes, first, tensors, thread * total / count,
          (thread + 1) * total / count);
   }
 }

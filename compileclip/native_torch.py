@@ -1,0 +1,259 @@
+"""Torch's tensors as native code sees them: their addresses, gradients and layouts.
+
+Python takes a microsecond and more per parameter to ask for its gradient, for four addresses and
+whether anything is another than before; this takes a tenth. It knows of torch:
+
+* that the Python object of a tensor holds an ``at::Tensor``, which is one pointer, to what
+  ``_cdata`` says. Where in the object is looked up at run time;
+* the C interface of libtorch (``torch/csrc/inductor/aoti_torch/c/shim.h``), which is kept stable,
+  and ``c10::TensorImpl::grad()``. Read in torch 2.11 to 2.13.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from array import array
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compileclip.lowering import UnsupportedError, native
+
+_SHIM = ("data_ptr", "dim", "sizes", "strides", "dtype", "layout", "device_type", "device_index")
+_PYTHON = ("Dict_GetItemWithError", "List_GetItem", "List_Size", "Dict_Next")
+_GRAD = "_ZNK3c1010TensorImpl4gradEv"  # at::Tensor const& c10::TensorImpl::grad() const
+
+_SOURCE = r"""
+#include <stdint.h>
+
+typedef void* Object;  // of Python's
+typedef void** Tensor;  // at::Tensor*, which is a handle in torch's C interface
+
+struct Torch {
+  int32_t (*data_ptr)(Tensor, uint64_t*);
+  int32_t (*dim)(Tensor, int64_t*);
+  int32_t (*sizes)(Tensor, int64_t**);
+  int32_t (*strides)(Tensor, int64_t**);
+  int32_t (*dtype)(Tensor, int32_t*);
+  int32_t (*layout)(Tensor, int32_t*);
+  int32_t (*device_type)(Tensor, int32_t*);
+  int32_t (*device_index)(Tensor, int32_t*);
+  Tensor (*grad)(void*);
+  Object (*get_item)(Object dict, Object key);
+  Object (*get_entry)(Object list, int64_t index);
+  int64_t (*length)(Object list);
+  int32_t (*next)(Object dict, int64_t* position, Object* key, Object* value);
+  void* undefined;  // what the tensor holds that stands for none
+  int64_t offset;   // of the tensor in its Python object
+
+  Tensor tensor(Object object) const { return (Tensor)((char*)object + offset); }
+  Tensor grad_of(Object object) const { return grad(*tensor(object)); }
+};
+
+struct Bucket {
+  int64_t n, names;
+  const Object *params, *states, *keys, *kept;
+  const int64_t* rows;  // of the names' tensors in the table; -1 for what is no operand
+  uint64_t* table;
+  int64_t grad_row;
+  const int64_t* shapes;  // for each parameter: dim, sizes, strides
+  const int32_t* kind;    // of gradients: dtype, layout, device_type, device_index
+  const int64_t* places;  // of the gradients in "grads"
+  uint64_t* grads;
+  int64_t hints_each;
+  const Object* hints;  // objects of each parameter that are read
+};
+
+enum Status { SAME, LAYOUT, STALE };
+
+// What a step touches is spread over memory and no longer in the cache when it begins. So it is
+// fetched some parameters ahead; addresses that are no longer right cost nothing but that.
+constexpr int64_t AHEAD = 8;
+
+static void prefetch(const void* object) {
+  for (int at = 0; at < 256; at += 64) __builtin_prefetch((const char*)object + at);
+}
+
+static void prefetch(const Torch& torch, const Bucket& bucket, int64_t now) {
+  const int64_t far = now + 2 * AHEAD, near = now + AHEAD, count = bucket.hints_each;
+  if (far < bucket.n)
+    for (int64_t k = 0; k < count; ++k) prefetch(bucket.hints[far * count + k]);
+  if (near < bucket.n) prefetch(*torch.grad_of(bucket.params[near]));
+}
+
+// Whether a tensor has the shape, and where it differs in nothing but its strides, LAYOUT.
+static Status compare(const Torch& torch, Tensor tensor, const int64_t* shape) {
+  int64_t dim, *sizes, *strides;
+  if (torch.dim(tensor, &dim) || dim != shape[0]) return STALE;
+  if (torch.sizes(tensor, &sizes) || torch.strides(tensor, &strides)) return STALE;
+  Status status = SAME;
+  bool empty = false;
+  for (int64_t d = 0; d < dim; ++d) {
+    if (sizes[d] != shape[1 + d]) return STALE;
+    if (sizes[d] > 1 && strides[d] != shape[1 + dim + d]) status = LAYOUT;
+    empty |= sizes[d] == 0;
+  }
+  return empty ? SAME : status;
+}
+
+static bool is_kind(const Torch& torch, Tensor tensor, const int32_t* kind) {
+  int32_t found[4];
+  if (torch.layout(tensor, &found[1]) || found[1] != kind[1]) return false;
+  if (torch.dtype(tensor, &found[0]) || found[0] != kind[0]) return false;
+  if (torch.device_type(tensor, &found[2]) || found[2] != kind[2]) return false;
+  return !torch.device_index(tensor, &found[3]) && found[3] == kind[3];
+}
+
+static bool has_elements(const int64_t* shape) {
+  for (int64_t d = 0; d < shape[0]; ++d)
+    if (shape[1 + d] == 0) return false;
+  return true;
+}
+
+static int gather(const Torch& torch, const Bucket& bucket) {
+  int status = SAME;
+  const int64_t n = bucket.n;
+  const int64_t* shape = bucket.shapes;
+  for (int64_t i = 0; i < n; ++i, shape += 1 + 2 * shape[0]) {
+    prefetch(torch, bucket, i);
+    uint64_t address;
+    const Tensor param = torch.tensor(bucket.params[i]);
+    if (torch.data_ptr(param, &address) || address != bucket.table[i]) return STALE;
+    if (compare(torch, param, shape) != SAME) return STALE;
+    const Tensor grad = torch.grad(*param);
+    if (*grad == torch.undefined || !is_kind(torch, grad, bucket.kind)) return STALE;
+    const Status layout = compare(torch, grad, shape);
+    if (layout == STALE || torch.data_ptr(grad, &address)) return STALE;
+    if (layout == LAYOUT) status = LAYOUT;
+    if (!address && has_elements(shape)) return STALE;
+    bucket.table[bucket.grad_row * n + i] = bucket.grads[bucket.places[i]] = address;
+    for (int64_t k = 0; k < bucket.names; ++k) {
+      const Object value = torch.get_item(bucket.states[i], bucket.keys[k]);
+      if (value != bucket.kept[k * n + i]) return STALE;
+      if (bucket.rows[k] < 0) continue;
+      if (torch.data_ptr(torch.tensor(value), &address)) return STALE;
+      if (address != bucket.table[bucket.rows[k] * n + i]) return STALE;
+    }
+  }
+  return status;
+}
+
+extern "C" int compileclip_gather(const Torch* torch, const Bucket* bucket) {
+  return gather(*torch, *bucket);
+}
+
+struct Objects {
+  int64_t n;
+  const Object* objects;
+};
+
+// The parameters and state dictionaries of an optimizer.
+struct Optimizer {
+  int64_t groups, params_key;   // of a group's parameters, a string
+  const Objects* params;        // of each group
+  Objects owners, states;       // keys and values of the optimizer's state
+  Objects without, refused;     // no gradient; a gradient, but in no bucket
+};
+
+static bool is_same(const Torch& torch, Object list, const Objects& before) {
+  if (torch.length(list) != before.n) return false;
+  for (int64_t i = 0; i < before.n; ++i)
+    if (torch.get_entry(list, i) != before.objects[i]) return false;
+  return true;
+}
+
+static bool have_grad(const Torch& torch, const Objects& params, bool expected) {
+  for (int64_t i = 0; i < params.n; ++i)
+    if ((*torch.grad_of(params.objects[i]) != torch.undefined) != expected) return false;
+  return true;
+}
+
+// Whether an optimizer's groups, state and missing gradients are what they were.
+extern "C" int compileclip_same(const Torch* torch, const Optimizer* before, Object groups,
+                                Object state) {
+  if (torch->length(groups) != before->groups) return 0;
+  for (int64_t i = 0; i < before->groups; ++i) {
+    const Object list = torch->get_item(torch->get_entry(groups, i), (Object)before->params_key);
+    if (!list || !is_same(*torch, list, before->params[i])) return 0;
+  }
+  Object key, value;
+  int64_t position = 0, i = 0;
+  for (; torch->next(state, &position, &key, &value); ++i)
+    if (i >= before->owners.n || key != before->owners.objects[i] ||
+        value != before->states.objects[i])
+      return 0;
+  return i == before->owners.n && have_grad(*torch, before->without, false) &&
+         have_grad(*torch, before->refused, true);
+}
+"""
+
+
+class Library:
+    """The native functions, and what they know of torch.
+
+    Raises:
+        UnsupportedError: this version of torch is another than they are made for.
+    """
+
+    def __init__(self) -> None:
+        library, pointer = native.load(_SOURCE), ctypes.c_void_p
+        status, held = ctypes.c_int, ctypes.PYFUNCTYPE  # which keeps Python from other threads
+        self.gather = held(status, pointer, pointer)(("compileclip_gather", library))
+        same = held(status, pointer, pointer, ctypes.py_object, ctypes.py_object)
+        self.same = same(("compileclip_same", library))
+        folder = Path(torch.__file__).parent / "lib"
+        try:
+            shim, c10 = (ctypes.CDLL(str(folder / f"lib{k}.so")) for k in ("torch_cpu", "c10"))
+            functions = [getattr(shim, f"aoti_torch_get_{name}") for name in _SHIM]
+            functions.append(getattr(c10, _GRAD))
+        except (OSError, AttributeError) as error:
+            raise UnsupportedError(f"torch {torch.__version__}: {error}") from error
+        functions += [getattr(ctypes.pythonapi, f"Py{name}") for name in _PYTHON]
+        self._shim = dict(zip((*_SHIM, "grad"), functions, strict=False))
+        self._addresses = [_entry(f) for f in functions]
+        offset = _offset()
+        grad = ctypes.CFUNCTYPE(pointer, pointer)(_entry(getattr(c10, _GRAD)))
+        bare = torch.empty(0, device="cpu")
+        undefined = ctypes.c_int64.from_address(grad(bare._cdata) or 0).value
+        self._held = array("q", [*self._addresses, undefined, offset])
+        self.torch = address(self._held)
+        self._offset = offset
+
+    def kind(self, tensor: Tensor) -> list[int]:
+        """dtype, layout, device type and device index, as torch numbers them."""
+        handle = ctypes.c_void_p(id(tensor) + self._offset)
+        found = []
+        for name in ("dtype", "layout", "device_type", "device_index"):
+            number = ctypes.c_int32()
+            if self._shim[name](handle, ctypes.byref(number)):
+                raise UnsupportedError(f"torch {torch.__version__} does not tell a {name}")
+            found.append(number.value)
+        return found
+
+
+def _entry(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def _offset() -> int:
+    """Where in its Python object a tensor is."""
+    tensors = [torch.empty(0, device="cpu"), torch.nn.Parameter(torch.empty(0, device="cpu"))]
+    for offset in range(8, Tensor.__basicsize__, 8):
+        found = [ctypes.c_int64.from_address(id(t) + offset).value for t in tensors]
+        if found == [t._cdata for t in tensors]:
+            return offset
+    raise UnsupportedError(f"torch {torch.__version__} keeps tensors elsewhere")
+
+
+@functools.cache
+def library() -> Library:
+    """The native functions, compiled at the first call."""
+    return Library()
+
+
+def address(numbers: array[Any]) -> int:
+    """That of an array's numbers."""
+    return numbers.buffer_info()[0]
