@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> None:
     recipe = Recipe(args.steps, args.batch, args.lr, args.max_norm)
     # At each compilation Dynamo says that it leaves the optimizer's profiler range out.
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
-    results = [r for seed in args.seeds for r in train(config, recipe, text, args.device, seed)]
+    seeds = [train(config, recipe, text, args.device, seed)[0] for seed in args.seeds]
+    results = [result for seed in seeds for result in seed]
     description = report.describe(config, recipe, args.device)
     report.figure(results, recipe.max_norm, description, args.out)
     print(f"{description}\n\n{report.table(results, recipe.max_norm)}\n\nFigure: {args.out}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -90,31 +91,37 @@ class Run:
 
 
 def train(
-    config: GPTConfig, recipe: Recipe, text: Tensor, device: torch.device, seed: int
-) -> list[Result]:
-    """Train one run per row of ``UPDATES``, from the same weights on the same batches.
+    config: GPTConfig,
+    recipe: Recipe,
+    text: Tensor,
+    device: torch.device,
+    seed: int,
+    names: Sequence[str] = tuple(UPDATES),
+) -> tuple[list[Result], dict[str, str]]:
+    """Train one run per name in ``names``, from the same weights on the same batches.
 
     The runs take turns step by step, so that whatever else the machine does meets all of them.
 
     Returns:
-        The results in the order of ``UPDATES``, without a run that could not be compiled.
+        The results in the order of ``names``, which hold ``REFERENCE``; and why others failed.
     """
     torch.compiler.reset()  # a further seed is no recompilation, of which there may be a few only
     torch.manual_seed(seed)
     weights = GPT(config)
-    runs = [_start(name, weights, recipe, device) for name in UPDATES]
+    runs = [_start(name, weights, recipe, device) for name in names]
+    failed: dict[str, str] = {}
     drawn = batches(text, config.block, recipe.batch, seed)
     # In a file each refresh stays, so let there be few.
     interval = 0.1 if sys.stderr.isatty() else 15.0
     with tqdm(total=recipe.steps, desc=f"seed {seed}", unit="step", mininterval=interval) as bar:
         for _ in range(recipe.steps):
             tokens, targets = (t.to(device) for t in next(drawn))
-            runs = [run for run in runs if _step(run, tokens, targets, bar)]
+            runs = [run for run in runs if _step(run, tokens, targets, bar, failed)]
             bar.set_postfix_str(f"loss {runs[0].losses[-1].item():.3f}", refresh=False)
             bar.update()
     reference = next(run.model for run in runs if run.name == REFERENCE)
     with torch.no_grad():
-        return [run.result(seed, reference) for run in runs]
+        return [run.result(seed, reference) for run in runs], failed
 
 
 def _start(name: str, weights: GPT, recipe: Recipe, device: torch.device) -> Run:
@@ -123,17 +130,18 @@ def _start(name: str, weights: GPT, recipe: Recipe, device: torch.device) -> Run
     return Run(name, model, update, schedule(update.optimizer, recipe.steps))
 
 
-def _step(run: Run, tokens: Tensor, targets: Tensor, bar: tqdm) -> bool:
+def _step(run: Run, tokens: Tensor, targets: Tensor, bar: tqdm, failed: dict[str, str]) -> bool:
     """Take a step of ``run``, and say whether it is to go on."""
-    if run.name not in (COMPILED, ONE_GRAPH) or run.losses:
-        run.step(tokens, targets)
-        return True
-    bar.set_postfix_str(f'compiling the row "{run.name}", a minute or two')
+    if run.name in (COMPILED, ONE_GRAPH) and not run.losses:
+        bar.set_postfix_str(f'compiling the row "{run.name}", a minute or two')
     try:
         run.step(tokens, targets)
-    except RuntimeError as error:  # no C++ compiler, or no header files of Python
-        reason = str(error).strip().partition("\n")[0]
-        tqdm.write(f'The row "{run.name}" is left out: {reason}', file=sys.stderr)
+    # No C++ compiler, no header files of Python, no memory: the other rows go on.
+    except Exception as error:
+        if run.name == REFERENCE:
+            raise
+        failed[run.name] = str(error).strip().partition("\n")[0] or type(error).__name__
+        tqdm.write(f'The row "{run.name}" is left out: {failed[run.name]}', file=sys.stderr)
         return False
     return True
 

@@ -1,0 +1,62 @@
+"""Rows that ``torch.compile`` makes of torch's two calls.
+
+Private parts of torch used here, read in torch 2.11 to 2.13: the wrappers around
+``Optimizer.step``, and the patch of Dynamo's that lets it trace what is below them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from bench.optimizers import MAX_NORM
+from bench.runs import Run
+from bench.workload import Workload
+
+
+class TwoCalls(Run):
+    """As users write it: torch breaks the graph before the step, so two graphs are compiled."""
+
+    def __init__(self, work: Workload) -> None:
+        super().__init__(work)
+        params, optimizer = self.params, work.case.recipe.make(self.params)
+        work.load(optimizer, params)
+
+        def clip_and_step() -> None:
+            clip_grad_norm_(params, MAX_NORM)
+            optimizer.step()
+
+        self._compiled = torch.compile(clip_and_step)
+
+    def step(self) -> None:
+        """Clip and step."""
+        self._compiled()
+
+
+class OneGraph(Run):
+    """The step taken from below the wrappers that break the graph."""
+
+    def __init__(self, work: Workload) -> None:
+        super().__init__(work)
+        params, recipe = self.params, work.case.recipe
+        # A step count on the host would be a second device in the graph.
+        capturable = work.params[0].is_cuda and recipe.has("capturable")
+        optimizer = recipe.make(params, **({"capturable": True} if capturable else {}))
+        work.load(optimizer, params)
+        torch._dynamo.eval_frame.TorchPatcher.patch()
+        step: Any = type(optimizer).step
+        while hasattr(step, "__wrapped__"):
+            step = step.__wrapped__
+
+        def clip_and_step() -> None:
+            clip_grad_norm_(params, MAX_NORM)
+            step(optimizer)
+
+        self._compiled = torch.compile(clip_and_step, fullgraph=True)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Clip and step."""
+        self._compiled()

@@ -1,0 +1,211 @@
+"""Measure the rows of a case: each is checked first, then they are timed in turns."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench.case import Case, NotRunError
+from bench.first_step import first_steps, use_caches
+from bench.profile import profile_step
+from bench.results import CaseResult, RowResult
+from bench.rows import BASELINE, LIMIT, Row, check_compilation
+from bench.runs import Run
+from bench.timing import Clock, Times, interleave, summarize
+from bench.workload import CLOSE, Workload, check_fits
+
+
+@dataclass(frozen=True)
+class Method:
+    """How to measure.
+
+    Attributes:
+        repetitions: timed steps per row.
+        warmup: steps before them, besides the two of the check.
+        cold: whether caches are flushed before each step; else new gradients were just written.
+        compile_tensors: rows compiled tensor by tensor run up to so many.
+        first_steps: whether first steps are timed, in fresh processes.
+        first_step_limit: seconds that one of these may take.
+    """
+
+    repetitions: int = 30
+    warmup: int = 5
+    cold: bool = False
+    compile_tensors: int = 200
+    first_steps: bool = True
+    first_step_limit: float = 600.0
+
+
+def measure(
+    case: Case, chosen: Sequence[Row], method: Method, on_progress: Callable[[str], object]
+) -> CaseResult:
+    """Measure ``chosen`` rows of ``case``; a row that fails leaves the others alone.
+
+    Args:
+        case: the work.
+        chosen: the rows.
+        method: how.
+        on_progress: told what is being done.
+
+    Raises:
+        NotRunError: the case cannot be measured at all.
+    """
+    check_fits(case)
+    result = CaseResult(case.to_json(), case.title, rows=[RowResult(row.name) for row in chosen])
+    with tempfile.TemporaryDirectory(prefix="bench-caches-") as caches:
+        # Before this process takes memory, of which the others need as much.
+        for row, found in zip(chosen, result.rows, strict=True):
+            if method.first_steps and row.compiles and _may_compile(row, case, method):
+                on_progress(f"first steps of {row.name}")
+                folder, limit = Path(caches, row.name), method.first_step_limit
+                times = first_steps(case, row.name, folder, limit)
+                found.first_cold_s, found.first_warm_s = times
+        on_progress("tensors")
+        work = Workload(case)
+        result.bytes_per_parameter = work.needed_bytes / case.elements
+        _rows(work, chosen, method, result, on_progress, Path(caches))
+    del work
+    _empty()
+    derive(result)
+    return result
+
+
+def _rows(
+    work: Workload,
+    chosen: Sequence[Row],
+    method: Method,
+    result: CaseResult,
+    on_progress: Callable[[str], object],
+    caches: Path,
+) -> None:
+    runs: dict[str, Run] = {}
+    torch.compiler.reset()  # another case is no recompilation, of which there may be a few only
+    for row, found in zip(chosen, result.rows, strict=True):
+        on_progress(f"check of {row.name}")
+        with use_caches(caches / row.name):  # filled, if first steps were timed
+            run = _checked(row, work, method, found)
+        if run is not None:
+            runs[row.name] = run
+    _time(runs, method, result, on_progress)
+    _profile(runs, result, on_progress)
+
+
+def _may_compile(row: Row, case: Case, method: Method) -> bool:
+    try:
+        check_compilation(row, len(case.shapes), method.compile_tensors)
+    except NotRunError:
+        return False
+    return True
+
+
+def _checked(row: Row, work: Workload, method: Method, found: RowResult) -> Run | None:
+    """The run of ``row``, after the steps of the check; None if it fails, which ``found`` tells."""
+    try:
+        check_compilation(row, len(work.params), method.compile_tensors)
+        work.reset()
+        start = time.perf_counter()
+        run = row.start(work)
+        making = time.perf_counter() - start
+        clock = Clock(work.params[0].device, cold=False)
+        seconds = []
+        for factor in work.trajectory.factors:
+            run.prepare(work.new_grads(factor))
+            seconds.append(clock.time(run)[0])
+            run.release()
+        difference = run.difference()
+    except Exception as error:
+        found.fail(*explain(error))
+        return None
+    if difference is None:
+        return run
+    if not row.compiles:
+        found.first_cold_s = found.first_warm_s = making + seconds[0]
+    found.difference = difference.absolute
+    if difference.relative > CLOSE[work.case.dtype]:
+        found.fail("wrong", f"wrong by {difference.relative:.1e} in {difference.of}")
+        return None
+    return run
+
+
+def explain(error: Exception) -> tuple[str, str]:
+    """The status and the reason of a row that ``error`` ended."""
+    reason = " ".join(str(error).strip().partition("\n")[0].split())[:200]
+    if isinstance(error, NotRunError):
+        return "not run", reason
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return "failed", "out of memory"
+    return "failed", f"{type(error).__name__}: {reason}"
+
+
+def _time(
+    runs: dict[str, Run], method: Method, result: CaseResult, on_progress: Callable[[str], object]
+) -> None:
+    if not runs:
+        return
+    device = next(iter(runs.values())).work.params[0].device
+    clock = Clock(device, method.cold)
+    rounds = iter(range(1, method.warmup + method.repetitions + 1))
+    total = method.warmup + method.repetitions
+    on_progress(f"round 0 of {total}")
+    times, errors = interleave(
+        runs,
+        clock,
+        method.repetitions,
+        method.warmup,
+        lambda: on_progress(f"round {next(rounds)} of {total}"),
+    )
+    for found in result.rows:
+        if found.name in errors:
+            found.fail(*explain(errors[found.name]))
+            del runs[found.name]
+        elif found.name in times:
+            _store(found, times[found.name])
+
+
+def _store(found: RowResult, times: Times) -> None:
+    device = summarize(times.device)
+    found.median_ms = 1e3 * device.median
+    found.lower_ms, found.upper_ms = 1e3 * device.lower, 1e3 * device.upper
+    found.host_us = 1e6 * summarize(times.host).median
+
+
+def _profile(
+    runs: dict[str, Run], result: CaseResult, on_progress: Callable[[str], object]
+) -> None:
+    for found in result.rows:
+        if found.name not in runs or found.name == LIMIT:
+            continue
+        on_progress(f"profile of {found.name}")
+        run = runs[found.name]
+        try:
+            profile = profile_step(run, run.work.params[0].device)
+        except Exception:  # the times stand all the same
+            continue
+        found.kernels, found.extra_bytes = profile.kernels, profile.extra_bytes
+
+
+def derive(result: CaseResult) -> None:
+    """Fill in what follows from the medians."""
+    baseline, limit = result.row(BASELINE), result.row(LIMIT)
+    needed = result.bytes_per_parameter * result.case["elements"]
+    for row in result.rows:
+        if row.median_ms is None:
+            continue
+        row.gbps = needed / (row.median_ms * 1e6)
+        if baseline is not None and baseline.median_ms is not None:
+            row.ratio = baseline.median_ms / row.median_ms
+        if limit is not None and limit.median_ms is not None:
+            row.share_of_limit = limit.median_ms / row.median_ms
+            row.bytes_per_parameter = result.bytes_per_parameter / row.share_of_limit
+
+
+def _empty() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,189 @@
+"""``python -m bench.readme``: README's tables of performance, from the committed results.
+
+In README.md, what lies between ``<!-- bench:step -->`` (or ``train``, ``scaling``) and
+``<!-- /bench -->`` is replaced by what ``bench/results/*/*.json`` hold of that command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from tabulate import tabulate
+
+from bench.environment import ROOT, headline
+from bench.results import CaseResult, Report, RowResult, read
+from bench.rows import BASELINE, NAMES, OURS
+from bench.shapes import label
+from bench.tables import milliseconds, percent, ratio, seconds, share_of_training, spread
+
+README = ROOT / "README.md"
+RESULTS = Path(__file__).parent / "results"
+BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+NOTHING = "–"  # noqa: RUF001
+STOCK = ("clip + for-loop", "clip + foreach", BASELINE)
+ONE_GRAPH = "torch.compile, one graph"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the tables into README.md, or check that they are there.
+
+    Returns:
+        The exit status: 1 if ``--check`` found a difference or a file is not as expected.
+    """
+    parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing, and compare")
+    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    try:
+        before = args.readme.read_text()
+        after = render(before, args.results)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    if args.check and after != before:
+        print(f"{args.readme} differs from {args.results}: run python -m bench.readme")
+        return 1
+    if not args.check:
+        args.readme.write_text(after)
+    return 0
+
+
+def render(text: str, results: Path) -> str:
+    """``text`` with each block's tables as the files in ``results`` have them.
+
+    Raises:
+        ValueError: a block names no command, or a file is no result.
+    """
+    reports = [read(path) for path in sorted(results.glob("*/*.json"))]
+
+    def block(found: re.Match[str]) -> str:
+        command = found.group(2)
+        if command not in RENDER:
+            raise ValueError(f"<!-- bench:{command} --> is none of {', '.join(RENDER)}")
+        parts = [RENDER[command](r) for r in reports if r.command == command]
+        body = "\n\n".join(parts) or "No results yet."
+        return f"{found.group(1)}\n{body}\n\n{found.group(3)}"
+
+    return BLOCK.sub(block, text)
+
+
+def step(report: Report) -> str:
+    """Per dtype: rows against shapes for the first optimizer, then optimizers against shapes."""
+    cases = [case for case in report.cases if case.rows]
+    parts = [_about(report, f"median ms, and times as fast as {BASELINE} in parentheses")]
+    for dtypes in dict.fromkeys(case.case["dtypes"] for case in cases):
+        of_dtype = [case for case in cases if case.case["dtypes"] == dtypes]
+        optimizers = list(dict.fromkeys(case.case["optimizer"] for case in of_dtype))
+        if len(optimizers) == 1:
+            parts.append(_rows_by_shapes(of_dtype, f"{optimizers[0]}, {dtypes}"))
+        else:
+            parts.append(_optimizers_by_shapes(of_dtype, dtypes, optimizers))
+    return "\n\n".join(parts)
+
+
+def train(report: Report) -> str:
+    """Rows with the training step and its part for clip and step."""
+    (case,) = report.cases
+    lines = [
+        [
+            row.name,
+            milliseconds(row.median_ms),
+            milliseconds(spread(row)),
+            ratio(row.ratio),
+            milliseconds(row.update_ms),
+            percent(share_of_training(row)),
+        ]
+        for row in case.rows
+        if row.median_ms is not None
+    ]
+    headers = ["clip and step by", "training step, ms", "IQR, ms", "times as fast"]
+    headers += ["clip and step, ms", "part of the step"]
+    return f"{_about(report, case.title)}\n\n{_markdown(lines, headers)}"
+
+
+def scaling(report: Report) -> str:
+    """Sizes with both times, and with first steps."""
+    lines = []
+    for case in report.cases:
+        ours, stock, graph = (_find(case, name) for name in (OURS, BASELINE, ONE_GRAPH))
+        count, elements = case.case["tensors"], case.case["elements"]
+        if ours is None or stock is None:
+            continue
+        firsts = [seconds(row.first_cold_s if row else None) for row in (graph, ours)]
+        times = [milliseconds(row.median_ms) for row in (stock, ours)]
+        share = percent(ours.share_of_limit)
+        lines.append([f"{count:,}", f"{elements:,}", *times, ratio(ours.ratio), share, *firsts])
+    headers = ["tensors", "parameters", f"{BASELINE}, ms", f"{OURS}, ms", "times as fast"]
+    headers += ["share of the limit", f"first step of {ONE_GRAPH}, s", f"of {OURS}, s"]
+    return f"{_about(report, _work(report))}\n\n{_markdown(lines, headers)}"
+
+
+RENDER: dict[str, Callable[[Report], str]] = {"step": step, "train": train, "scaling": scaling}
+
+
+def _about(report: Report, what: str) -> str:
+    repetitions = report.method.get("repetitions")
+    times = f"; medians of {repetitions}, in turns" if repetitions else ""
+    return f"{headline(report.environment)}{times}; {what}:"
+
+
+def _work(report: Report) -> str:
+    case = report.cases[0].case
+    return f"{case['optimizer']}, {case['dtypes']}"
+
+
+def _rows_by_shapes(cases: Sequence[CaseResult], what: str) -> str:
+    lines = []
+    for name in NAMES:
+        cells = [_cell(_find(case, name)) for case in cases]
+        if any(cell != NOTHING for cell in cells):
+            lines.append([name, *cells])
+    return _markdown(lines, [what, *[label(case.case["shapes"]) for case in cases]])
+
+
+def _optimizers_by_shapes(
+    cases: Sequence[CaseResult], dtypes: str, optimizers: Iterable[str]
+) -> str:
+    shapes = list(dict.fromkeys(case.case["shapes"] for case in cases))
+    by_key = {(case.case["optimizer"], case.case["shapes"]): case for case in cases}
+    lines = [
+        [optimizer, *[_versus(by_key.get((optimizer, name))) for name in shapes]]
+        for optimizer in optimizers
+    ]
+    what = f"torch's fastest two calls / {OURS}, {dtypes}"
+    return _markdown(lines, [what, *[label(name) for name in shapes]])
+
+
+def _cell(row: RowResult | None) -> str:
+    if row is None or row.status in ("not run", "failed"):
+        return NOTHING
+    if row.median_ms is None:
+        return row.status
+    return milliseconds(row.median_ms) + (f" ({ratio(row.ratio)})" if row.ratio else "")
+
+
+def _versus(case: CaseResult | None) -> str:
+    ours = case and case.row(OURS)
+    stock = [row.median_ms for name in STOCK if case and (row := case.row(name)) and row.median_ms]
+    if not ours or not ours.median_ms or not stock:
+        return NOTHING
+    times = f"{milliseconds(min(stock))} / {milliseconds(ours.median_ms)}"
+    return f"{times} = {min(stock) / ours.median_ms:.2f}"
+
+
+def _find(case: CaseResult, name: str) -> RowResult | None:
+    return next((row for row in case.rows if row.name == name), None)
+
+
+def _markdown(lines: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
+    align = ["left", *["right"] * (len(headers) - 1)]
+    return tabulate(lines, headers, tablefmt="pipe", disable_numparse=True, colalign=align)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

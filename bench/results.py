@@ -1,0 +1,115 @@
+"""What is measured, and the JSON files that hold it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class RowResult:
+    """A row of a case; what was not measured, or means nothing there, is None.
+
+    Attributes:
+        status: "ok", "wrong", "not run" or "failed"; without "ok" there are no times.
+        reason: why not "ok".
+        difference: the largest of any parameter from float64, after the steps of the check.
+        median_ms: of a step, until the device is done; then the quartiles.
+        host_us: median microseconds of a step until the host may go on.
+        ratio: how many times as fast as the baseline.
+        gbps: gigabytes per second: what the step must move, divided by the median.
+        bytes_per_parameter: what the limit moves in the time that the row takes.
+        share_of_limit: the limit's time divided by the row's.
+        kernels: launches in a step on a GPU.
+        extra_bytes: the most memory that a step holds besides its tensors.
+        first_cold_s: the first step in a fresh process, with empty caches on disk.
+        first_warm_s: the same, with the caches that the former left behind.
+        update_ms: of clip and step within a training step.
+    """
+
+    name: str
+    status: str = "ok"
+    reason: str = ""
+    difference: float | None = None
+    median_ms: float | None = None
+    lower_ms: float | None = None
+    upper_ms: float | None = None
+    host_us: float | None = None
+    ratio: float | None = None
+    gbps: float | None = None
+    bytes_per_parameter: float | None = None
+    share_of_limit: float | None = None
+    kernels: int | None = None
+    extra_bytes: int | None = None
+    first_cold_s: float | None = None
+    first_warm_s: float | None = None
+    update_ms: float | None = None
+
+    def fail(self, status: str, reason: str) -> None:
+        """Say why there are no times."""
+        self.status, self.reason = status, reason
+        self.median_ms = self.lower_ms = self.upper_ms = self.host_us = None
+
+
+@dataclass
+class CaseResult:
+    """All rows of a case.
+
+    Attributes:
+        case: ``Case.to_json``.
+        title: the case in a line.
+        bytes_per_parameter: what a step must move.
+        reason: why the case was not measured at all, or "".
+    """
+
+    case: dict[str, Any]
+    title: str
+    bytes_per_parameter: float = 0.0
+    reason: str = ""
+    rows: list[RowResult] = field(default_factory=list)
+
+    def row(self, name: str) -> RowResult | None:
+        """The row of that name, if it was measured."""
+        return next((r for r in self.rows if r.name == name and r.median_ms is not None), None)
+
+
+@dataclass
+class Report:
+    """What a command measured."""
+
+    command: str
+    environment: dict[str, Any]
+    method: dict[str, Any]
+    cases: list[CaseResult] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        """Write JSON; its folder is made if need be."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(_rounded(asdict(self)), indent=1) + "\n")
+
+
+def read(path: Path) -> Report:
+    """Read what ``Report.write`` wrote.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    try:
+        report = Report(**json.loads(path.read_text()))
+        report.cases = [CaseResult(**case) for case in report.cases]  # type: ignore[arg-type]
+        for case in report.cases:
+            case.rows = [RowResult(**row) for row in case.rows]  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no result of this benchmark: {error}") from error
+    return report
+
+
+def _rounded(value: Any) -> Any:
+    """Five digits: more would be noise."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list) else value

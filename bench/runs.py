@@ -1,0 +1,132 @@
+"""Rows that run torch's own kernels, and compileclip's rows."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+
+import compileclip
+from bench.case import NotRunError
+from bench.optimizers import MAX_NORM
+from bench.workload import Difference, Workload
+
+
+class Run:
+    """A row over a case's tensors.
+
+    ``prepare``, then ``step``, then ``release``: only ``step`` is timed. It may return before a GPU
+    is done.
+
+    Attributes:
+        waits: whether ``step`` itself waits for the device, so that events cannot time it.
+        scale: what a time is to be multiplied by, where a run does a part of the work.
+    """
+
+    waits = False
+    scale = 1.0
+
+    def __init__(self, work: Workload) -> None:
+        self.work = work
+        self.params = work.parameters()
+
+    def prepare(self, grads: Sequence[Tensor]) -> None:
+        """Take the gradients of the next step."""
+        for p, grad in zip(self.params, grads, strict=True):
+            p.grad = grad
+
+    def step(self) -> None:
+        """Clip and step."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Let the gradients go."""
+        for p in self.params:
+            p.grad = None
+
+    def difference(self) -> Difference | None:
+        """From the reference, after the steps of the check; None for a row that computes none."""
+        return self.work.difference()
+
+
+class ClipAndStep(Run):
+    """The two calls that torch offers."""
+
+    def __init__(
+        self, work: Workload, foreach: bool | None = None, fused: bool | None = None
+    ) -> None:
+        super().__init__(work)
+        check_option(work, "fused" if fused else "foreach")
+        options = {"fused": True} if fused else {"foreach": bool(foreach)}
+        self.optimizer = work.case.recipe.make(self.params, **options)
+        work.load(self.optimizer, self.params)
+        self.foreach = foreach
+
+    def step(self) -> None:
+        """Clip and step."""
+        clip_grad_norm_(self.params, MAX_NORM, foreach=self.foreach)
+        self.optimizer.step()
+
+
+class ByHand(Run):
+    """The clip coefficient handed to torch's fused kernels, which divide gradients by it."""
+
+    def __init__(self, work: Workload) -> None:
+        super().__init__(work)
+        check_option(work, "fused")
+        self.optimizer = work.case.recipe.make(self.params, fused=True)
+        work.load(self.optimizer, self.params)
+        self.optimizer.found_inf = torch.zeros((), device=work.case.device)  # type: ignore[attr-defined]
+
+    def step(self) -> None:
+        """Clip and step."""
+        norm = get_total_norm([p.grad for p in self.params if p.grad is not None])
+        scale = ((norm.float() + 1e-6) / MAX_NORM).clamp(min=1.0)
+        self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        self.optimizer.step()
+
+
+class Ours(Run):
+    """``compileclip.wrap`` in one of its modes."""
+
+    def __init__(self, work: Workload, mode: str) -> None:
+        super().__init__(work)
+        recipe = work.case.recipe
+        # Eager mode runs torch's kernels, so it gets the fused ones as the baseline does.
+        options = {"fused": True} if mode == "eager" and recipe.has("fused") else {}
+        stock = recipe.make(self.params, **options)
+        work.load(stock, self.params)
+        self.mode = mode
+        self.optimizer = compileclip.wrap(stock, MAX_NORM, mode=mode)
+        self.served = mode == "eager"
+
+    def step(self) -> None:
+        """Clip and step; a first step that falls back to another mode is an error."""
+        if self.served:
+            self.optimizer.step()
+            return
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", compileclip.FallbackWarning)
+                self.optimizer.step()
+        except compileclip.FallbackWarning as warning:
+            raise NotRunError(f"not served: {_reason(str(warning))}") from warning
+        # The warning is given once per process, the table at any time.
+        found = re.search(r"^why eager: (.*)$", self.optimizer.explain(), re.MULTILINE)
+        if found:
+            raise NotRunError(f"not served: {found.group(1)}")
+        self.served = True
+
+
+def _reason(warning: str) -> str:
+    return warning.partition(": ")[2].partition(". Remedy")[0] or warning
+
+
+def check_option(work: Workload, option: str) -> None:
+    """Raise ``NotRunError`` where the optimizer's class has no such implementation."""
+    if not work.case.recipe.has(option):
+        raise NotRunError(f"torch.optim.{work.case.optimizer} has no {option}=True")

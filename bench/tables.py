@@ -1,0 +1,126 @@
+"""Results as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from tabulate import tabulate
+
+from bench.results import CaseResult, RowResult
+from bench.rows import BASELINE, LIMIT
+
+NONE = "-"
+
+
+def _format(pattern: str, factor: float = 1.0) -> Callable[[float | None], str]:
+    return lambda value: NONE if value is None else pattern.format(factor * value)
+
+
+def milliseconds(value: float | None) -> str:
+    """Three digits, as many as the spread leaves meaning in."""
+    if value is None:
+        return NONE
+    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.1f}"
+
+
+seconds = _format("{:.2f}")
+ratio = _format("{:.2f}")
+percent = _format("{:.0f}%", 100)
+COLUMNS: list[tuple[str, Callable[[RowResult], str]]] = [
+    ("clip and step by", lambda r: r.name),
+    ("ms,\nmedian", lambda r: milliseconds(r.median_ms)),
+    ("IQR,\nms", lambda r: milliseconds(spread(r))),
+    ("times\nas fast", lambda r: ratio(r.ratio)),
+    ("bytes per\nparameter", lambda r: _format("{:.0f}")(r.bytes_per_parameter)),
+    ("GB/s", lambda r: _format("{:.1f}")(r.gbps)),
+    ("of the\nlimit", lambda r: percent(r.share_of_limit)),
+    ("kernels", lambda r: NONE if r.kernels is None else f"{r.kernels:,}"),
+    ("host,\nµs", lambda r: _format("{:,.0f}")(r.host_us)),
+    ("first step,\ns, cold", lambda r: seconds(r.first_cold_s)),
+    ("first step,\ns, warm", lambda r: seconds(r.first_warm_s)),
+    ("extra\nMiB", lambda r: _format("{:,.1f}", 2**-20)(r.extra_bytes)),
+    ("from\nfloat64", lambda r: _format("{:.1e}")(r.difference)),
+]
+TRAIN_COLUMNS: list[tuple[str, Callable[[RowResult], str]]] = [
+    *COLUMNS[:1],
+    ("training\nstep, ms", lambda r: milliseconds(r.median_ms)),
+    *COLUMNS[2:4],
+    ("clip and\nstep, ms", lambda r: milliseconds(r.update_ms)),
+    ("of the\nstep", lambda r: percent(share_of_training(r))),
+    ("first 5\nsteps, s", lambda r: seconds(r.first_cold_s)),
+    ("loss\ndifference", lambda r: _format("{:.1e}")(r.difference)),
+]
+NOTES = f"""\
+ms: until the device is done. Times as fast: as "{BASELINE}". Bytes per parameter: what the limit
+moves in the same time, beside what a step needs. GB/s: the bytes needed by the time. Host: until
+the next call may run. First step: in a fresh process, with empty caches on disk and with filled
+ones. Extra: the most memory that a step allocates. From float64: the largest difference of a
+parameter, after two steps."""
+TRAIN_NOTES = (
+    "Times as fast: the whole training step, as torch's clip_grad_norm_ and fused AdamW. Loss "
+    "difference:\nthe largest of any step from torch's plain AdamW."
+)
+
+
+def spread(row: RowResult) -> float | None:
+    """The interquartile range."""
+    if row.upper_ms is None or row.lower_ms is None:
+        return None
+    return row.upper_ms - row.lower_ms
+
+
+def share_of_training(row: RowResult) -> float | None:
+    """What part of a training step clip and step are."""
+    if row.update_ms is None or row.median_ms is None:
+        return None
+    return row.update_ms / row.median_ms
+
+
+def case_table(
+    case: CaseResult,
+    columns: Sequence[tuple[str, Callable[[RowResult], str]]] = COLUMNS,
+    headline: bool = True,
+) -> str:
+    """The case's rows with times as a table, and a line for each other row."""
+    measured = [row for row in case.rows if row.median_ms is not None]
+    parts = [f"\n{case.title}"] if headline else []
+    if case.bytes_per_parameter:
+        parts[-1:] = [f"{part}; {case.bytes_per_parameter:.0f} bytes needed" for part in parts[-1:]]
+    if case.reason:
+        parts.append(f"not run: {case.reason}")
+    if measured:
+        cells = [[value(row) for _, value in columns] for row in measured]
+        headers = [header for header, _ in columns]
+        align = ["left", *["right"] * (len(headers) - 1)]
+        parts.append(tabulate(cells, headers, disable_numparse=True, colalign=align))
+    parts += [status_line(row) for row in case.rows if row.median_ms is None]
+    return "\n".join(parts)
+
+
+def status_line(row: RowResult) -> str:
+    """Why a row has no times."""
+    said = row.reason.startswith((row.status, "not served"))
+    return f"{row.name}: {row.reason if said else f'{row.status}: {row.reason}'}"
+
+
+def summary(cases: Sequence[CaseResult]) -> str:
+    """A line per case: the baseline, and what was fastest beside the limit."""
+    lines = []
+    for case in cases:
+        measured = [r for r in case.rows if r.median_ms is not None and r.name != LIMIT]
+        if not measured:
+            continue
+        fastest = min(measured, key=lambda r: r.median_ms or 0.0)
+        baseline = case.row(BASELINE)
+        lines.append(
+            [
+                case.title,
+                milliseconds(baseline.median_ms if baseline else None),
+                milliseconds(fastest.median_ms),
+                ratio(fastest.ratio),
+                fastest.name,
+            ]
+        )
+    headers = ["case", f"{BASELINE},\nms", "fastest,\nms", "times\nas fast", "fastest row"]
+    align = ["left", "right", "right", "right", "left"]
+    return tabulate(lines, headers, disable_numparse=True, colalign=align) if lines else ""

@@ -1,0 +1,132 @@
+"""Times of several runs that take turns."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median, quantiles
+
+import torch
+from torch import Tensor
+
+from bench.runs import Run
+
+FLUSH_BYTES = {"cpu": 512 * 2**20, "cuda": 256 * 2**20}  # several times a last-level cache
+
+
+@dataclass
+class Times:
+    """Seconds per step: until the device was done, and until the host could go on."""
+
+    device: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Median and quartiles."""
+
+    median: float
+    lower: float
+    upper: float
+
+
+def summarize(times: Sequence[float]) -> Summary:
+    """Median and quartiles of ``times``, of which one is enough."""
+    if len(times) < 2:
+        return Summary(times[0], times[0], times[0])
+    lower, _, upper = quantiles(times, n=4, method="inclusive")
+    return Summary(median(times), lower, upper)
+
+
+class Clock:
+    """Times single steps: by events on a GPU, by the host's clock elsewhere."""
+
+    def __init__(self, device: torch.device, cold: bool) -> None:
+        self._device = device
+        self._events = device.type == "cuda"
+        self._flushed: Tensor | None = None
+        if cold:
+            size = FLUSH_BYTES.get(device.type, FLUSH_BYTES["cpu"])
+            self._flushed = torch.zeros(size // 4, device=device)
+
+    def time(self, run: Run) -> tuple[float, float]:
+        """Seconds of a step on the device and on the host; gradients are there already."""
+        if self._flushed is not None:
+            self._flushed.add_(1)  # pushes everything else out of the caches
+        synchronize(self._device)
+        if self._events and not run.waits:
+            return self._by_events(run.step)
+        start = time.perf_counter()
+        run.step()
+        host = time.perf_counter() - start
+        synchronize(self._device)
+        return time.perf_counter() - start, host
+
+    def _by_events(self, step: Callable[[], None]) -> tuple[float, float]:
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        start = time.perf_counter()
+        step()
+        host = time.perf_counter() - start
+        after.record()
+        after.synchronize()
+        return before.elapsed_time(after) / 1e3, host
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until ``device`` has done what it was told."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def interleave(
+    runs: dict[str, Run],
+    clock: Clock,
+    repetitions: int,
+    warmup: int,
+    on_round: Callable[[], object] = lambda: None,
+) -> tuple[dict[str, Times], dict[str, Exception]]:
+    """Time the runs in rounds of one step each, in an order that is drawn anew for each round.
+
+    Args:
+        runs: by name; a run that fails is left out from there on.
+        clock: takes the times.
+        repetitions: how many rounds are timed.
+        warmup: how many come before.
+        on_round: called after each.
+
+    Returns:
+        The times, and the errors of those that failed.
+    """
+    times = {name: Times() for name in runs}
+    errors: dict[str, Exception] = {}
+    drawn = random.Random(0)
+    for turn in range(warmup + repetitions):
+        order = [name for name in runs if name not in errors]
+        drawn.shuffle(order)
+        for name in order:
+            try:
+                device, host = _one(runs[name], clock)
+            except Exception as error:
+                errors[name] = error
+                continue
+            if turn >= warmup:
+                times[name].device.append(device * runs[name].scale)
+                times[name].host.append(host)
+        on_round()
+    return {name: t for name, t in times.items() if name not in errors}, errors
+
+
+def _one(run: Run, clock: Clock) -> tuple[float, float]:
+    run.prepare(run.work.new_grads())
+    gc.collect(0)
+    gc.disable()
+    try:
+        return clock.time(run)
+    finally:
+        gc.enable()
+        run.release()

@@ -1,0 +1,125 @@
+"""The tensors of a case: one set in memory, on which all rows step in turn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bench.case import Case, check_device, check_memory
+from bench.trajectory import SCALARS, State, Trajectory, draw
+
+# How far parameters and state may be from float64, relative to the largest value of their tensor.
+# In bfloat16 torch rounds the norm as well (by 0.4 %), and each of some ten operations.
+CLOSE = {torch.float32: 2e-5, torch.bfloat16: 6e-2}
+
+
+@dataclass
+class Difference:
+    """From the reference: relative, as it is judged; absolute, of parameters, as it is shown."""
+
+    relative: float
+    of: str
+    absolute: float
+
+
+class Workload:
+    """Parameters, state and gradients of a case.
+
+    All rows step on the same memory, so that a large model need not fit a dozen times. A row has
+    its own ``Parameter`` objects and its own step counts.
+
+    Raises:
+        NotRunError: the device is not there, or too small.
+    """
+
+    def __init__(self, case: Case) -> None:
+        check_fits(case)
+        self.case = case
+        indices = range(len(case.shapes))
+        self.trajectory = Trajectory(case, [draw(case, i, stream=3) for i in indices])
+        points = [self.trajectory.checkpoint(i) for i in indices]
+        self.params = [point.param.clone() for point in points]
+        self.state: list[State] = [
+            {k: v.clone() for k, v in point.state.items() if k not in SCALARS} for point in points
+        ]
+        self._scalars: list[State] = [
+            {k: v for k, v in point.state.items() if k in SCALARS} for point in points
+        ]
+
+    @property
+    def needed_bytes(self) -> int:
+        """What a step must move: the gradient twice; parameters and state once each way."""
+        return sum(
+            2 * p.nbytes + 2 * (p.nbytes + sum(s.nbytes for s in state.values()))
+            for p, state in zip(self.params, self.state, strict=True)
+        )
+
+    def reset(self) -> None:
+        """Set parameters and state back to the checkpoint, in place."""
+        for i, param in enumerate(self.params):
+            start = self.trajectory.checkpoint(i)
+            param.copy_(start.param)
+            for name, value in self.state[i].items():
+                value.copy_(start.state[name])
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Parameters for a row: objects of its own over the shared memory."""
+        return [nn.Parameter(p) for p in self.params]
+
+    def load(self, optimizer: Optimizer, params: Sequence[Tensor]) -> None:
+        """Have ``optimizer`` go on from the checkpoint, on the shared state."""
+        group = optimizer.param_groups[0]
+        on_device = group.get("fused") or group.get("capturable")
+        for p, state, scalars in zip(params, self.state, self._scalars, strict=True):
+            own = {k: v.clone().to(p.device if on_device else v.device) for k, v in scalars.items()}
+            optimizer.state[p] = {**own, **state}
+
+    def new_grads(self, factor: float = 1.0) -> list[Tensor]:
+        """Gradients as a backward makes them: new tensors."""
+        return [self.trajectory.grad(i, factor) for i in range(len(self.params))]
+
+    def difference(
+        self, params: Sequence[Tensor] | None = None, state: Sequence[State] | None = None
+    ) -> Difference:
+        """Compare with float64 after the steps of the check; by default the shared memory."""
+        worst = Difference(0.0, "parameters", 0.0)
+        found = zip(params or self.params, state or self.state, strict=True)
+        for i, (param, own) in enumerate(found):
+            reference = self.trajectory.reference(i)
+            for name, value in {"parameters": param, **own}.items():
+                wanted = reference.param if name == "parameters" else reference.state[name]
+                _compare(worst, name, value, wanted)
+        return worst
+
+
+def _compare(worst: Difference, name: str, value: Tensor, wanted: Tensor) -> None:
+    if not wanted.numel():
+        return
+    absolute = (value.double() - wanted).abs().max().item()
+    largest = wanted.abs().max().item()
+    relative = absolute / largest if largest else absolute
+    if math.isnan(relative):
+        relative = absolute = math.inf
+    if relative > worst.relative:
+        worst.relative, worst.of = relative, name
+    if name == "parameters":
+        worst.absolute = max(worst.absolute, absolute)
+
+
+def check_fits(case: Case) -> None:
+    """Raise ``NotRunError`` where the device of ``case`` is not there, or too small."""
+    check_device(case.device)
+    check_memory(case, states=_states(case))
+
+
+def _states(case: Case) -> int:
+    param = nn.Parameter(torch.zeros(2))
+    param.grad = torch.ones(2)
+    optimizer = case.recipe.make([param], foreach=False)
+    optimizer.step()
+    return len(optimizer.state[param].keys() - SCALARS)
