@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from bench.optimizers import MAX_NORM
-from bench.runs import Run
+from bench.runs import Run, to_compile
 from bench.workload import Workload
 
 
@@ -21,8 +21,7 @@ class TwoCalls(Run):
 
     def __init__(self, work: Workload) -> None:
         super().__init__(work)
-        params, optimizer = self.params, work.case.recipe.make(self.params)
-        work.load(optimizer, params)
+        params, optimizer = self.params, to_compile(work, self.params)
 
         def clip_and_step() -> None:
             clip_grad_norm_(params, MAX_NORM)
@@ -40,11 +39,7 @@ class OneGraph(Run):
 
     def __init__(self, work: Workload) -> None:
         super().__init__(work)
-        params, recipe = self.params, work.case.recipe
-        # A step count on the host would be a second device in the graph.
-        capturable = work.params[0].is_cuda and recipe.has("capturable")
-        optimizer = recipe.make(params, **({"capturable": True} if capturable else {}))
-        work.load(optimizer, params)
+        params, optimizer = self.params, to_compile(work, self.params)
         torch._dynamo.eval_frame.TorchPatcher.patch()
         step: Any = type(optimizer).step
         while hasattr(step, "__wrapped__"):

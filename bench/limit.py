@@ -8,6 +8,8 @@ that the compiler does not know.
 from __future__ import annotations
 
 import ctypes
+import itertools
+import re
 from array import array
 from collections.abc import Sequence
 
@@ -19,45 +21,38 @@ from bench.runs import Run
 from bench.workload import Workload
 from compileclip.lowering import native
 
-CHUNK = 4096  # elements; a thread goes through all arrays of a chunk while it is in its cache
-GRAIN = 32768
+CHUNK = 16384  # elements; each thread takes whole ones
+GRAIN = 32768  # as in ATen: for fewer elements a thread is not worth its start
 SOURCE = r"""
 #include <stdint.h>
-#include <string.h>
 
 constexpr int64_t CHUNK = @CHUNK@;
+typedef @GRADIENT@ Gradient;
 
-static uint64_t read(const char* data, int64_t bytes) {
-  uint64_t sum = 0;
-  int64_t i = 0;
-  for (; i + 8 <= bytes; i += 8) {
-    uint64_t word;
-    memcpy(&word, data + i, 8);
-    sum ^= word;
-  }
-  for (; i < bytes; ++i) sum ^= (uint8_t)data[i];
+static uint32_t read(const Gradient* grad, int64_t n) {
+  uint32_t sum = 0;
+#pragma omp simd reduction(^ : sum)
+  for (int64_t i = 0; i < n; ++i) sum ^= grad[i];
   return sum;
 }
 
-static void update(char* data, int64_t bytes, uint64_t zero) {
-  int64_t i = 0;
-  for (; i + 8 <= bytes; i += 8) {
-    uint64_t word;
-    memcpy(&word, data + i, 8);
-    word ^= zero;
-    memcpy(data + i, &word, 8);
+static uint32_t update(const Gradient* __restrict grad, int64_t n, uint32_t zero, @PARAMETERS@) {
+  uint32_t sum = 0;
+#pragma omp simd reduction(^ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    sum ^= grad[i];
+    @UPDATES@
   }
-  for (; i < bytes; ++i) data[i] ^= (char)zero;
+  return sum;
 }
 
-// The arrays of tensor t: its gradient at grads[t], what is updated at updated[a * tensors + t];
-// the bytes of an element in widths[0] and widths[1 + a]. Thread k of n takes its share of all
-// chunks twice, the second time backwards: the last read are still in its cache.
-extern "C" uint64_t move(int64_t tensors, const int64_t* sizes, const int64_t* first_chunk,
-                         char* const* grads, char* const* updated, int64_t arrays,
-                         const int64_t* widths, uint64_t zero, int threads) {
+// The gradient of tensor t is at grads[t], array a of what is updated at updated[a * tensors + t].
+// Thread k of n takes its share of all chunks twice, the second time backwards: the last that were
+// read are still in its cache.
+extern "C" uint32_t move(int64_t tensors, const int64_t* sizes, const int64_t* first_chunk,
+                         void* const* grads, void* const* updated, uint32_t zero, int threads) {
   const int64_t total = first_chunk[tensors];
-  uint64_t sum = 0;
+  uint32_t sum = 0;
 #pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(^ : sum)
   for (int k = 0; k < threads; ++k) {
     const int64_t from = k * total / threads, to = (k + 1) * total / threads;
@@ -65,23 +60,33 @@ extern "C" uint64_t move(int64_t tensors, const int64_t* sizes, const int64_t* f
     for (int64_t c = from; c < to; ++c) {
       while (first_chunk[t + 1] <= c) ++t;
       const int64_t at = (c - first_chunk[t]) * CHUNK, left = sizes[t] - at;
-      const int64_t n = left < CHUNK ? left : CHUNK;
-      sum ^= read(grads[t] + at * widths[0], n * widths[0]);
+      sum ^= read((const Gradient*)grads[t] + at, left < CHUNK ? left : CHUNK);
     }
     for (int64_t c = to - 1; c >= from; --c) {
       while (first_chunk[t] > c) --t;
       const int64_t at = (c - first_chunk[t]) * CHUNK, left = sizes[t] - at;
-      const int64_t n = left < CHUNK ? left : CHUNK;
-      sum ^= read(grads[t] + at * widths[0], n * widths[0]);
-      for (int64_t a = 0; a < arrays; ++a) {
-        const int64_t width = widths[1 + a];
-        update(updated[a * tensors + t] + at * width, n * width, zero);
-      }
+      sum ^= update((const Gradient*)grads[t] + at, left < CHUNK ? left : CHUNK, zero,
+                    @ARGUMENTS@);
     }
   }
   return sum;
 }
 """
+WORDS = {2: "uint16_t", 4: "uint32_t", 8: "uint64_t"}
+
+
+def source(gradient: torch.dtype, updated: Sequence[torch.dtype]) -> str:
+    """The kernel for gradients and arrays of these dtypes."""
+    words = [WORDS[dtype.itemsize] for dtype in updated]
+    named = list(enumerate(words))
+    parts = {
+        "CHUNK": str(CHUNK),
+        "GRADIENT": WORDS[gradient.itemsize],
+        "PARAMETERS": ", ".join(f"{word}* __restrict a{a}" for a, word in named),
+        "UPDATES": " ".join(f"a{a}[i] ^= ({word})zero;" for a, word in named),
+        "ARGUMENTS": ", ".join(f"({word}*)updated[{a} * tensors + t] + at" for a, word in named),
+    }
+    return re.sub("@([A-Z]+)@", lambda found: parts[found.group(1)], SOURCE)
 
 
 class Limit(Run):
@@ -117,25 +122,20 @@ class Limit(Run):
 
 class _Cpu:
     def __init__(self, work: Workload) -> None:
-        try:
-            self._move = native.load(SOURCE.replace("@CHUNK@", str(CHUNK))).move
-        except native.CompilerError as error:
-            raise NotRunError(str(error)) from error
-        pointer, integer = ctypes.c_void_p, ctypes.c_int64
-        tables = (integer, pointer, pointer, pointer, pointer)
-        self._move.argtypes = (*tables, integer, pointer, ctypes.c_uint64, ctypes.c_int)
-        self._move.restype = ctypes.c_uint64
         names = list(work.state[0])
         arrays = [work.params, *[[state[name] for state in work.state] for name in names]]
+        code = source(work.case.dtype, [tensors[0].dtype for tensors in arrays])
+        try:
+            self._move = native.load(code).move
+        except native.CompilerError as error:
+            raise NotRunError(str(error)) from error
+        pointer = ctypes.c_void_p
+        self._move.argtypes = (ctypes.c_int64, *[pointer] * 4, ctypes.c_uint32, ctypes.c_int)
+        self._move.restype = ctypes.c_uint32
         self._sizes = array("q", [p.numel() for p in work.params])
-        self._first_chunk = array("q", [0])
-        for size in self._sizes:
-            self._first_chunk.append(self._first_chunk[-1] + -(-size // CHUNK))
+        chunks = [-(-size // CHUNK) for size in self._sizes]
+        self._first_chunk = array("q", itertools.accumulate(chunks, initial=0))
         self._updated = _addresses([t for tensors in arrays for t in tensors])
-        widths = [work.params[0], *[tensors[0] for tensors in arrays]]
-        self._widths = array("q", [t.element_size() for t in widths])
-        self._arrays = len(arrays)
-        # As ATen does: for fewer elements a thread is not worth its start.
         most = -(-sum(self._sizes) // GRAIN)
         self._threads = max(1, min(torch.get_num_threads(), most))
         self._grads: Sequence[Tensor] = ()
@@ -146,14 +146,8 @@ class _Cpu:
 
     def step(self) -> None:
         tables = (self._sizes, self._first_chunk, self._pointers, self._updated)
-        self._move(
-            len(self._sizes),
-            *[table.buffer_info()[0] for table in tables],
-            self._arrays,
-            self._widths.buffer_info()[0],
-            0,
-            self._threads,
-        )
+        addresses = [table.buffer_info()[0] for table in tables]
+        self._move(len(self._sizes), *addresses, 0, self._threads)
 
 
 class _Gpu:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -72,7 +73,6 @@ def measure(
         _rows(work, chosen, method, result, on_progress, Path(caches))
     del work
     _empty()
-    derive(result)
     return result
 
 
@@ -92,7 +92,8 @@ def _rows(
             run = _checked(row, work, method, found)
         if run is not None:
             runs[row.name] = run
-    _time(runs, method, result, on_progress)
+    if runs:
+        _time(runs, method, result, on_progress)
     _profile(runs, result, on_progress)
 
 
@@ -146,8 +147,6 @@ def explain(error: Exception) -> tuple[str, str]:
 def _time(
     runs: dict[str, Run], method: Method, result: CaseResult, on_progress: Callable[[str], object]
 ) -> None:
-    if not runs:
-        return
     device = next(iter(runs.values())).work.params[0].device
     clock = Clock(device, method.cold)
     rounds = iter(range(1, method.warmup + method.repetitions + 1))
@@ -166,6 +165,7 @@ def _time(
             del runs[found.name]
         elif found.name in times:
             _store(found, times[found.name])
+    derive(result, times)
 
 
 def _store(found: RowResult, times: Times) -> None:
@@ -190,19 +190,23 @@ def _profile(
         found.kernels, found.extra_bytes = profile.kernels, profile.extra_bytes
 
 
-def derive(result: CaseResult) -> None:
-    """Fill in what follows from the medians."""
-    baseline, limit = result.row(BASELINE), result.row(LIMIT)
+def derive(result: CaseResult, times: dict[str, Times]) -> None:
+    """Fill in what compares rows: medians over the rounds, in which the rows met alike."""
     needed = result.bytes_per_parameter * result.case["elements"]
     for row in result.rows:
         if row.median_ms is None:
             continue
         row.gbps = needed / (row.median_ms * 1e6)
-        if baseline is not None and baseline.median_ms is not None:
-            row.ratio = baseline.median_ms / row.median_ms
-        if limit is not None and limit.median_ms is not None:
-            row.share_of_limit = limit.median_ms / row.median_ms
+        row.ratio = _median_ratio(times.get(BASELINE), times[row.name])
+        row.share_of_limit = _median_ratio(times.get(LIMIT), times[row.name])
+        if row.share_of_limit is not None:
             row.bytes_per_parameter = result.bytes_per_parameter / row.share_of_limit
+
+
+def _median_ratio(theirs: Times | None, own: Times) -> float | None:
+    if theirs is None:
+        return None
+    return median(a / b for a, b in zip(theirs.device, own.device, strict=True))
 
 
 def _empty() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     add, defaults = parser.add_argument, Method()
     add("--repetitions", type=integer(1), default=defaults.repetitions, help="timed steps per row")
     add("--warmup", type=integer(0), default=defaults.warmup, help="steps before them")
+    add("--minutes", type=positive, default=math.inf, help="begin no case later than that")
     add("--cold", action="store_true", help="flush the caches before each step")
     add(
         "--compile-tensors",
@@ -85,6 +87,17 @@ def integer(lowest: int) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def positive(text: str) -> float:
+    """A number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return value
 
 
 def folder(text: str) -> Path:

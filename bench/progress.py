@@ -32,7 +32,7 @@ def run_cases(
         cases: what to measure; not empty.
         chosen: the rows; all of them if empty.
         method: how.
-        args: with ``out`` and ``name``.
+        args: with ``out``, ``name`` and ``minutes``.
 
     Returns:
         The report, and the JSON file that holds it.
@@ -46,7 +46,11 @@ def run_cases(
     with tqdm(total=len(cases), unit="case", mininterval=interval) as bar:
         for case in cases:
             bar.set_description_str(case.name)
-            result = measure_case(case, chosen or rows.ROWS, method, bar)
+            if bar.format_dict["elapsed"] < 60 * args.minutes:
+                result = measure_case(case, chosen or rows.ROWS, method, bar)
+            else:
+                reason = f"the time is up (--minutes {args.minutes:g})"
+                result = CaseResult(case.to_json(), case.title, reason=reason)
             report.cases.append(result)
             tqdm.write(tables.case_table(result), file=sys.stdout)
             report.write(path)
@@ -72,6 +76,19 @@ def _show(bar: tqdm, what: str) -> None:
 def output_folder(out: Path | None, where: dict[str, object]) -> Path:
     """``out``, or the folder of this device among what is built."""
     return out or ROOT / "build" / "bench" / environment.slug(where)
+
+
+def conclude(report: Report, path: Path, figures: Sequence[Path]) -> int:
+    """Say what the columns mean and where the files are, and sum up.
+
+    Returns:
+        The exit status.
+    """
+    print(f"\n{tables.NOTES}\n\nResults: {path}")
+    for figure in figures:
+        print(f"Figure: {figure}")
+    print(f"\n{environment.headline(report.environment)}\n{tables.summary(report.cases)}")
+    return exit_code(report)
 
 
 def exit_code(report: Report) -> int:

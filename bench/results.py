@@ -18,10 +18,10 @@ class RowResult:
         difference: the largest of any parameter from float64, after the steps of the check.
         median_ms: of a step, until the device is done; then the quartiles.
         host_us: median microseconds of a step until the host may go on.
-        ratio: how many times as fast as the baseline.
+        ratio: how many times as fast as the baseline, the median over the rounds.
         gbps: gigabytes per second: what the step must move, divided by the median.
         bytes_per_parameter: what the limit moves in the time that the row takes.
-        share_of_limit: the limit's time divided by the row's.
+        share_of_limit: the limit's time divided by the row's, the median over the rounds.
         kernels: launches in a step on a GPU.
         extra_bytes: the most memory that a step holds besides its tensors.
         first_cold_s: the first step in a fresh process, with empty caches on disk.

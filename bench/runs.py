@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.optim import Optimizer
 
 import compileclip
 from bench.case import NotRunError
@@ -96,10 +97,13 @@ class Ours(Run):
     def __init__(self, work: Workload, mode: str) -> None:
         super().__init__(work)
         recipe = work.case.recipe
-        # Eager mode runs torch's kernels, so it gets the fused ones as the baseline does.
-        options = {"fused": True} if mode == "eager" and recipe.has("fused") else {}
-        stock = recipe.make(self.params, **options)
-        work.load(stock, self.params)
+        if mode == "inductor":
+            stock = to_compile(work, self.params)
+        else:
+            # Eager mode runs torch's kernels, so it gets the fused ones as the baseline does.
+            options = {"fused": True} if mode == "eager" and recipe.has("fused") else {}
+            stock = recipe.make(self.params, **options)
+            work.load(stock, self.params)
         self.mode = mode
         self.optimizer = compileclip.wrap(stock, MAX_NORM, mode=mode)
         self.served = mode == "eager"
@@ -124,6 +128,15 @@ class Ours(Run):
 
 def _reason(warning: str) -> str:
     return warning.partition(": ")[2].partition(". Remedy")[0] or warning
+
+
+def to_compile(work: Workload, params: Sequence[Tensor]) -> Optimizer:
+    """An optimizer as torch.compile makes a fresh one: its step counts are on the GPU."""
+    recipe = work.case.recipe
+    capturable = params[0].is_cuda and recipe.has("capturable")
+    optimizer = recipe.make(params, **({"capturable": True} if capturable else {}))
+    work.load(optimizer, params)
+    return optimizer
 
 
 def check_option(work: Workload, option: str) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from bench import options, plots, tables
+from bench import options, plots
 from bench.case import Case
-from bench.progress import exit_code, run_cases
+from bench.progress import conclude, run_cases
 
 TENSORS = (10, 30, 100, 300, 1000, 5000)
 SIZES = (10**4, 10**5, 10**6, 10**7, 10**8, 10**9)
@@ -48,8 +48,4 @@ def run(args: argparse.Namespace) -> int:
     if not cases:
         return 1
     report, path = run_cases("scaling", cases, args.rows, options.method_of(args), args)
-    print(f"\n{tables.NOTES}\n\n{tables.summary(report.cases)}\n\nResults: {path}")
-    if args.plots:
-        for figure in plots.of_scaling(report, path):
-            print(f"Figure: {figure}")
-    return exit_code(report)
+    return conclude(report, path, plots.of_scaling(report, path) if args.plots else [])

@@ -6,9 +6,9 @@ import argparse
 import itertools
 import sys
 
-from bench import options, plots, tables
+from bench import options, plots
 from bench.case import Case
-from bench.progress import exit_code, run_cases
+from bench.progress import conclude, run_cases
 from bench.shapes import SHAPES, ModelError, Shape, of_model
 
 
@@ -45,11 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if not cases:
         return 1
     report, path = run_cases("step", cases, args.rows, options.method_of(args), args)
-    print(f"\n{tables.NOTES}\n\n{tables.summary(report.cases)}\n\nResults: {path}")
-    if args.plots:
-        for figure in plots.of_step(report, path):
-            print(f"Figure: {figure}")
-    return exit_code(report)
+    return conclude(report, path, plots.of_step(report, path) if args.plots else [])
 
 
 def _lists(args: argparse.Namespace) -> dict[str, list[Shape]]:
