@@ -1,7 +1,8 @@
 # make demo    train a small GPT with clipping: a table and demo.png (STEPS=, DEVICE=, SEEDS= ...)
 # make test    lint, types and tests
 # make mutants break the code on purpose and see the tests fail
-# make gpu     the GPU tests, with the torch that is there
+# make bench   clip and step by every way, beside the limit: tables, JSON, plots (ten minutes, CPU)
+# make gpu     the GPU tests and the benchmark, with the torch that is there (eight minutes)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ DEVICE ?= cpu
 SEEDS ?= 0
 OUT ?= demo.png
 
-.PHONY: demo test lint types pytest mutants gpu clean
+.PHONY: demo test lint types pytest mutants bench gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m bench.demo --steps $(STEPS) --device $(DEVICE) --seeds $(SEEDS) --out $(OUT)
@@ -31,10 +32,34 @@ pytest: $(VENV)/ready
 mutants: $(VENV)/ready
 	$(BIN)/python tests/mutants.py
 
+# Into build/bench/DEVICE. No case begins when the minutes of its command are over.
+bench: $(VENV)/ready
+	$(BIN)/python -m bench scaling --tensors 10 100 1000 5000 --sizes --minutes 2 \
+	    --rows "clip + fused,one graph,multi_tensor,limit" --compile-tensors 100
+	$(BIN)/python -m bench scaling --name sizes --tensors --sizes 1e4 1e5 1e6 1e7 --minutes 0.5 \
+	    --rows "clip + fused,multi_tensor,limit" --compile-tensors 0 --no-first-steps
+	$(BIN)/python -m bench train --rows torch "torch, fused" compileclip "compileclip, eager"
+	$(BIN)/python -m bench step --name optimizers --optimizer SGD RMSprop RAdam --minutes 1 \
+	    --shapes 2000x32x32 resnet50 --rows "clip +,multi_tensor,limit" --no-first-steps
+	$(BIN)/python -m bench step --shapes 1x1000 2000x32x32 resnet50 64x1024x1024 --minutes 2.5 \
+	    --compile-tensors 0 --no-first-steps
+
 # No virtual environment: on a GPU machine the torch that fits its driver is installed already.
+# What fails does not keep the rest from running; results go to the folder OUT of the environment.
 gpu:
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
-	$(PYTHON) -m pytest -m gpu
+	failed=0; \
+	timeout 150 $(PYTHON) -m pytest -q -m gpu || failed=1; \
+	$(PYTHON) -m bench scaling --device cuda --tensors 10 100 1000 --sizes --minutes 1 \
+	    --rows "clip + fused,one graph,multi_tensor,limit" --compile-tensors 10 || failed=1; \
+	$(PYTHON) -m bench scaling --device cuda --name sizes --tensors --sizes 1e5 1e7 1e9 \
+	    --minutes 0.5 --compile-tensors 0 --no-first-steps || failed=1; \
+	timeout 60 $(PYTHON) -m bench train --device cuda \
+	    --rows torch "torch, fused" compileclip "compileclip, eager" || failed=1; \
+	$(PYTHON) -m bench step --device cuda --shapes 1x1000 gpt2 2000x32x32 resnet50 llama-1b \
+	    --compile-tensors 1 --no-first-steps --minutes 2 || failed=1; \
+	if [ -n "$$OUT" ]; then mkdir -p "$$OUT" && cp -r build/bench/. "$$OUT"; fi; \
+	exit $$failed
 
 # Made anew when what it installs changes; afterwards no target needs a network.
 $(VENV)/ready: pyproject.toml constraints.txt

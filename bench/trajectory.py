@@ -20,6 +20,7 @@ from bench.optimizers import MAX_NORM
 SPREAD = 0.02  # of parameters, as models initialize them: a step must show beside it in bfloat16
 # Bytes per element of a checkpoint (float32) and of the reference (float64), with two states.
 KEPT_BYTES = 3 * 4 + 3 * 8
+PIECE = 2**19  # elements
 # What an optimizer keeps per parameter, whatever the parameter's size.
 SCALARS = {"step", "mu_product"}
 State = dict[str, Tensor]
@@ -81,21 +82,24 @@ class Trajectory:
         case, grad = self.case, self.grads[index]
         param = SPREAD * draw(case, index, stream=1)
         # Of the size that clipped gradients have, so that no state is large beside what follows.
-        first = draw(case, index, stream=2).to(case.state_dtype) * self._coefficients[0]
-        end = _steps(case, Point(param.to(case.state_dtype), {}), [first])
+        first = draw(case, index, stream=2)
+        begin = Point(param.to(case.state_dtype), {})
+        end = _steps(case, begin, [first], self._coefficients[:1])
         return Point(end.param.to(grad.dtype), end.state)
 
     def _reference(self, index: int) -> Point:
         start = self.checkpoint(index)
-        grads = [
-            self.grad(index, factor).double() * coefficient
-            for factor, coefficient in zip(self.factors, self._coefficients, strict=True)
-        ]
-        state = {k: v.double() if k != "step" else v.clone() for k, v in start.state.items()}
-        return _steps(self.case, Point(start.param.double(), state), grads)
+        grads = [self.grad(index, factor) for factor in self.factors]
+        state = {k: v.double() if k != "step" else v for k, v in start.state.items()}
+        point = Point(start.param.double(), state)
+        return _steps(self.case, point, grads, self._coefficients)
 
     def _norm(self, factor: float) -> float:
-        squares = [self.grad(i, factor).double().square().sum() for i in range(len(self.grads))]
+        squares = [
+            piece.double().square().sum()
+            for i in range(len(self.grads))
+            for piece in pieces(self.grad(i, factor))
+        ]
         return math.sqrt(torch.stack(squares).sum().item())
 
 
@@ -107,12 +111,36 @@ def draw(case: Case, index: int, stream: int) -> Tensor:
     )
 
 
-def _steps(case: Case, start: Point, grads: Sequence[Tensor]) -> Point:
-    param = nn.Parameter(start.param.clone())
-    optimizer = case.recipe.make([param], foreach=False)
-    if start.state:
-        optimizer.state[param] = {k: v.clone() for k, v in start.state.items()}
-    for grad in grads:
-        param.grad = grad
-        optimizer.step()
-    return Point(param.detach(), dict(optimizer.state[param]))
+def pieces(tensor: Tensor) -> Sequence[Tensor]:
+    """Views of a part each, whose float64 copies are small."""
+    views: Sequence[Tensor] = tensor.reshape(-1).split(PIECE)
+    return views
+
+
+def _steps(case: Case, start: Point, grads: Sequence[Tensor], coefs: Sequence[float]) -> Point:
+    """Step with ``grads`` times ``coefs``, in the dtype of ``start``.
+
+    The optimizers treat each element by itself, so it is done piece by piece: temporary results of
+    a large tensor would cost more time than the arithmetic.
+    """
+    param = torch.empty_like(start.param)
+    state: State = {}
+    columns = zip(*[pieces(t) for t in (start.param, param, *grads)], strict=True)
+    for index, (begin, end, *own) in enumerate(columns):
+        stepped = nn.Parameter(begin.clone())
+        optimizer = case.recipe.make([stepped], foreach=False)
+        if start.state:
+            optimizer.state[stepped] = {
+                k: v.clone() if k in SCALARS else pieces(v)[index].clone()
+                for k, v in start.state.items()
+            }
+        for grad, coefficient in zip(own, coefs, strict=True):
+            stepped.grad = grad.to(begin.dtype) * coefficient
+            optimizer.step()
+        end.copy_(stepped.detach())
+        for k, v in optimizer.state[stepped].items():
+            if k in SCALARS:
+                state[k] = v
+            else:
+                pieces(state.setdefault(k, torch.empty_like(param)))[index].copy_(v)
+    return Point(param, state)
