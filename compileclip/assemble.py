@@ -17,6 +17,7 @@ from compileclip.shadow import NotPointwiseError
 
 ATEN = torch.ops.aten
 SAME = {ATEN.detach.default, ATEN.alias.default, ATEN.lift_fresh.default, ATEN.clone.default}
+VALUES = ("max_norm", "norm")
 FILLED = {"zeros": 0.0, "zeros_like": 0.0, "ones": 1.0, "ones_like": 1.0, "empty_like": 0.0}
 
 
@@ -32,7 +33,7 @@ def assemble(
         recording: what the step did.
         dtypes: of the operands, "param", "grad" and state, new state included.
         norm_dtype: of the total norm.
-        insert: the pass; where it clips, the program reads the values ``max_norm`` and ``norm``.
+        insert: the pass; where it clips, the program reads the values of ``VALUES``.
 
     Returns:
         The program. Its scalars are those of the recording, in their order; its operands, those of
@@ -56,7 +57,8 @@ class _Build:
     ) -> None:
         self.graph = Graph()
         self.operands = {name: self._operand(name, dtype) for name, dtype in dtypes.items()}
-        values = [self._value("max_norm", torch.float64), self._value("norm", norm_dtype)]
+        dtypes_of_values = (torch.float64, norm_dtype)
+        values = [self._value(*pair) for pair in zip(VALUES, dtypes_of_values, strict=True)]
         self._scalars = iter([self._scalar(i) for i in range(len(recording.scalars))])
         self.env = {number: self.operands[name] for name, number in recording.before.items()}
         self.call(torch.ops.compileclip.step_norm.default, *values)
@@ -137,6 +139,9 @@ def _stored(
             raise NotPointwiseError(f"{name!r} changes its dtype")
     output.args = (tuple(stored.values()),)
     graph.eliminate_dead_code()
+    for node in graph.find_nodes(op="placeholder"):
+        if node.name in VALUES and not node.users:
+            graph.erase_node(node)  # nothing is clipped
     for node in graph.nodes:
         if "val" not in node.meta and "example_value" in node.meta:
             node.meta["val"] = node.meta["example_value"]

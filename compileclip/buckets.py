@@ -35,7 +35,8 @@ class Bucket:
         params: the parameters, each dense and with a gradient.
         states: the state of each.
         dtypes: of the operands: "param", "grad", and the state of the parameter's shape.
-        counts: the 0-dim tensors of the state, per name all parameters' in one buffer.
+        counts: the 0-dim tensors of the state, per name all parameters' in one buffer, on a CPU or
+            on the parameters' device.
         numbers: the names of the state that is numbers.
     """
 
@@ -48,6 +49,7 @@ class Bucket:
 
     def __post_init__(self) -> None:
         self.sizes, self.first_chunk = chunks(self.params)
+        self._on_host: dict[str, Tensor] = {}
         self._share_counts()
 
     def extended(self, made: Mapping[str, Any]) -> Bucket:
@@ -73,7 +75,7 @@ class Bucket:
         """Take over what a step left in the leader's ``state``: step counts and the like."""
         for name, buffer in self.counts.items():
             if buffer is not state[name]:
-                buffer.fill_(state[name].item())
+                buffer.fill_(state[name].item())  # which is on the host
         for name in self.numbers:
             for other in self.states:
                 other[name] = state[name]
@@ -92,7 +94,8 @@ class Bucket:
     def leader(self) -> dict[str, Any]:
         """What a shadow needs of the state besides operands."""
         first = self.states[0]
-        return {name: first[name] for name in (*self.counts, *self.numbers)}
+        others = {name: first[name] for name in (*self.counts, *self.numbers)}
+        return others | self._on_host
 
     def _share_counts(self) -> None:
         """Make the 0-dim tensors of each name views of one buffer, which one call fills."""
@@ -103,6 +106,8 @@ class Bucket:
                 for state, view in zip(self.states, buffer.unbind(), strict=True):
                     state[name] = view
             self.counts[name] = buffer
+            if buffer.device.type != "cpu":
+                self._on_host[name] = first.cpu()
         self._versions = [(buffer, buffer._version) for buffer in self.counts.values()]
 
 
@@ -124,11 +129,12 @@ def sort(
     group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     found: list[Bucket] = []
     refused: list[tuple[Tensor, str]] = []
+    values = _counts(params, optimizer)
     members: dict[Any, list[Tensor]] = {}
     kinds: dict[Any, tuple[dict[str, torch.dtype], dict[str, Any], tuple[str, ...]]] = {}
     for p in params:
         try:
-            key, kind = _kind(p, optimizer.state.get(p, {}), group_of[p])
+            key, kind = _kind(p, optimizer.state.get(p, {}), group_of[p], values)
         except NotServedError as reason:
             refused.append((p, str(reason)))
             continue
@@ -143,12 +149,25 @@ def sort(
     return found, refused
 
 
-def _kind(p: Tensor, state: dict[str, Any], group: int) -> Any:
+def _counts(params: Sequence[Tensor], optimizer: Optimizer) -> dict[int, float]:
+    """The values of 0-dim state by its identity; a device is waited for once."""
+    tensors = [
+        v
+        for p in params
+        for v in optimizer.state.get(p, {}).values()
+        if isinstance(v, Tensor) and v.dim() == 0
+    ]
+    found: dict[int, float] = {}
+    for place in {(t.device, t.dtype) for t in tensors}:
+        alike = [t for t in tensors if (t.device, t.dtype) == place]
+        found.update(zip(map(id, alike), torch.stack(alike).tolist(), strict=True))
+    return found
+
+
+def _kind(p: Tensor, state: dict[str, Any], group: int, known: Mapping[int, float]) -> Any:
     """A key that all parameters of a bucket share, and what a bucket is made of."""
     if type(p) not in (Tensor, torch.nn.Parameter):
         raise NotServedError(f"a parameter is a {type(p).__name__}")
-    if p.device.type != "cpu":
-        raise NotServedError(f"a parameter lies on {p.device}")
     if p.dim() == 0:
         raise NotServedError("a parameter is 0-dim")
     grad = p.grad
@@ -165,7 +184,7 @@ def _kind(p: Tensor, state: dict[str, Any], group: int) -> Any:
             numbers.append((name, value))
         elif not isinstance(value, Tensor) or name in dtypes:
             raise NotServedError(f"the state {name!r} is a {type(value).__name__}")
-        elif value.dim() == 0 and value.device.type == "cpu":
+        elif value.dim() == 0 and value.device in (torch.device("cpu"), p.device):
             counts[name] = value
         elif value.shape == p.shape and value.stride() == p.stride() and value.dtype in DTYPES:
             if value.device != p.device or type(value) is not Tensor:
@@ -173,7 +192,7 @@ def _kind(p: Tensor, state: dict[str, Any], group: int) -> Any:
             dtypes[name] = value.dtype
         else:
             raise NotServedError(f"the state {name!r} is not shaped as its parameter")
-    values = tuple((name, v.dtype, v.item()) for name, v in counts.items())
+    values = tuple((name, v.dtype, v.device, known[id(v)]) for name, v in counts.items())
     key = (group, tuple(dtypes.items()), values, tuple(numbers))
     return key, (dtypes, counts, tuple(name for name, _ in numbers))
 

@@ -7,8 +7,8 @@ hyperparameter changed; a step that does other operations (RAdam's sixth) is ano
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,47 +17,28 @@ from torch.optim import Optimizer
 
 from compileclip import traced
 from compileclip.assemble import assemble
-from compileclip.buckets import Bucket, StaleError
-from compileclip.capture import ChangedError, Recording, record, replay
+from compileclip.buckets import StaleError
+from compileclip.capture import Recording
 from compileclip.functional import get_total_norm
-from compileclip.gather import Table
-from compileclip.lowering import UnsupportedError, cpp, norm
+from compileclip.lowering import UnsupportedError, targets
 from compileclip.lowering.native import CompilerError
 from compileclip.passes.insert_norm_and_scale import InsertNormAndScale
 from compileclip.plan import Copied, Plan
-from compileclip.rehearsal import Rehearsal
 from compileclip.self_check import check
 from compileclip.settings import ClipSettings
-from compileclip.shadow import SHAPES, NotPointwiseError, Shadow
+from compileclip.shadow import NotPointwiseError
 from compileclip.traced import CannotCompileError
+from compileclip.work import Work, copied, restore
 
 OTHER_MODES = 'take mode="inductor" or mode="eager"'
-
-
-@dataclass
-class _Work:
-    """A bucket, what steps in its place, and what that has been seen to do, the latest last.
-
-    ``rehearsal`` is of the latest recording, if that can be rehearsed.
-    """
-
-    table: Table
-    shadow: Shadow
-    recordings: list[Recording] = field(default_factory=list)
-    rehearsal: Rehearsal | None = None
-    kernels: dict[Any, cpp.Kernel] = field(default_factory=dict)
-
-    @property
-    def bucket(self) -> Bucket:
-        return self.table.bucket
 
 
 @dataclass
 class _Launch:
     """A kernel and its scalars in this step."""
 
-    work: _Work
-    kernel: cpp.Kernel
+    work: Work
+    kernel: Any
     scalars: list[float]
 
 
@@ -73,9 +54,11 @@ class MultiTensorStep:
         self.compilations = 0
         self.refusal: CannotCompileError | None = None
         self._optimizer = optimizer
-        self._kernels: dict[Any, cpp.Kernel] = {}
+        self._kernels: dict[Any, Any] = {}
+        self._target: targets.Target = targets.Cpu()
         self._plan: Plan | None = None
-        self._works: list[_Work] = []
+        self._works: list[Work] = []
+        self._uploaded: list[Any] = []  # the tables of this step
         self._max_norm = torch.zeros((), dtype=torch.float64, device="cpu")
         self._filled: float | None = None  # what is in it
         self._insert: InsertNormAndScale | None = None
@@ -104,7 +87,7 @@ class MultiTensorStep:
 
     def gather(self, settings: ClipSettings) -> list[Copied] | None:
         """Look up the tensors of this step; None unless they are what they were in the last."""
-        copies = self._gather()
+        copies = None if self._target.is_capturing() else self._gather()
         if copies is not None and settings.write_grads:
             assert self._plan is not None
             addresses = [a for a in self._plan.grads if a]
@@ -126,36 +109,56 @@ class MultiTensorStep:
         self._plan, self._for_now = None, None
         if self.refusal is not None:
             return None
-        if not all(p.device.type == "cpu" for p in params):
-            self._for_now = "parameters lie on another device than the CPU"
+        self._for_now = self._why_not_now(settings, {p.device for p in params})
+        if self._for_now is not None:
             return None
         if settings.write_grads and len({id(p.grad) for p in params}) < len(params):
             self._for_now = "two parameters have one gradient, which is to be written"
             return None
-        traced.initialize_state(self._optimizer, with_grad=True)
+        traced.initialize_state(self._optimizer, with_grad=True, capturable=False)
         try:
+            self._set_target(params[0].device)
             self._plan = Plan(self._optimizer, params)
         except (UnsupportedError, CompilerError) as reason:
             self._refuse(reason)
             return None
         self._works = [
-            _Work(t, Shadow(self._optimizer, t.bucket.dtypes)) for t in self._plan.tables
+            Work(self._optimizer, table, self._target.extent(table.bucket.sizes))
+            for table in self._plan.tables
         ]
         return self._gather()
+
+    def _why_not_now(self, settings: ClipSettings, devices: set[torch.device]) -> str | None:
+        if devices == {torch.device("cpu")}:
+            return None
+        if len(devices) > 1:
+            return "parameters lie on several devices"
+        if settings.mode == "auto" or any(d.type != "cuda" for d in devices):
+            return "parameters lie on another device than the CPU"
+        if torch.cuda.is_current_stream_capturing():
+            return "a CUDA graph is being captured, which would repeat this step's scalars"
+        if settings.nonfinite == "skip":
+            return 'nonfinite="skip" is decided on the device'
+        if any(group.get("capturable") for group in self._optimizer.param_groups):
+            return "capturable=True keeps what depends on the step on the device"
+        return None
+
+    def _set_target(self, device: torch.device) -> None:
+        if self._target.device != device:
+            self._target = targets.of(device)
+            self._max_norm, self._filled = self._max_norm.to(device), None
+            self._kernels = {}
 
     def total_norm(self, copies: Sequence[Copied], norm_type: float) -> Tensor:
         """The norm of all gradients, those of parameters that are not served included."""
         plan = self._plan
         assert plan is not None
-        # With the addresses at hand, as get_total_norm takes it, to the bit.
-        alike = len(plan.dtypes) == 1 and not plan.refused and not copies
-        if alike and plan.dtypes <= norm.SERVED.get(norm_type, set()):
-            (dtype,) = plan.dtypes
-            wide = torch.promote_types(dtype, torch.float32)
-            out = torch.empty((), dtype=wide, device="cpu")  # not on a default device
-            args = (plan.grads, plan.sizes, plan.first_chunk, dtype, norm_type)
-            if norm.norm_into(out, *args, torch.get_num_threads()):
-                return out
+        self._uploaded = [self._target.upload(table.addresses) for table in plan.tables]
+        if not plan.refused and not copies:
+            extents = [work.extent for work in self._works]
+            norm = self._target.total_norm(plan, self._uploaded, extents, norm_type)
+            if norm is not None:
+                return norm
         return get_total_norm([p.grad for p in plan.params if p.grad is not None], norm_type)
 
     def run(self, settings: ClipSettings, copies: Sequence[Copied], norm: Tensor) -> list[Tensor]:
@@ -196,121 +199,65 @@ class MultiTensorStep:
             self.refusal = CannotCompileError(str(reason), OTHER_MODES)
 
     def _step(self, insert: InsertNormAndScale, copies: Sequence[Copied], norm: Tensor) -> None:
-        saved = [_copies(work.bucket.leader) for work in self._works]
+        saved = [copied(work.bucket.leader) for work in self._works]
         launches = []
         try:
             for work, before in zip(self._works, saved, strict=True):
                 launches.append(self._prepare(work, before, insert, norm))
         except BaseException:
             for work, before in zip(self._works, saved, strict=True):
-                _restore(work.bucket.leader, before)
+                restore(work.bucket.leader, before)
             raise
         # Last in the norm, first in the update: what was read last is still in the cache.
-        for launch in reversed(launches):
-            work = launch.work
+        values = {"max_norm": self._max_norm, "norm": norm}
+        for launch, uploaded in reversed(list(zip(launches, self._uploaded, strict=True))):
+            work, table = launch.work, uploaded
             made = {k: v for k, v in work.shadow.state.items() if k not in work.bucket.known}
             if made:
                 work.table = work.table.extended(work.bucket.extended(made))
+                table = self._target.upload(work.table.addresses)
                 self._plan = None  # there is more state now
-            self._launch(launch, norm)
+            self._target.launch(launch.kernel, table, work.extent, launch.scalars, values)
         if insert.write_grads:
-            for copied in copies:
-                copied.grad.copy_(copied.copy)
+            for each in copies:
+                each.grad.copy_(each.copy)
         for work in self._works:
             work.bucket.advance(work.shadow.state)
             self._optimizer.param_groups[work.bucket.group].update(work.shadow.changes)
 
     def _prepare(
-        self, work: _Work, before: dict[str, Any], insert: InsertNormAndScale, norm: Tensor
+        self, work: Work, before: dict[str, Any], insert: InsertNormAndScale, norm: Tensor
     ) -> _Launch:
         """Learn the scalars of this step, and find its kernel."""
-        scalars = self._scalars(work, before)
-        recording = work.recordings[-1]
+        scalars = work.scalars(before)
+        recording = work.recording
         key = (id(recording), insert.clip, norm.dtype)
         if key not in work.kernels:
             kernel = self._kernel(work, recording, insert, norm.dtype)
-            check(self._optimizer, work.bucket, kernel, scalars, before, self._max_norm, norm)
+            self._check(work, kernel, scalars, before, norm)
             work.kernels[key] = kernel
         return _Launch(work, work.kernels[key], scalars)
 
-    def _scalars(self, work: _Work, before: dict[str, Any]) -> list[float]:
-        """Those of this step, in the quickest way; the latest recording is then what it does."""
-        shadow, leader = work.shadow, work.bucket.leader
-        group = self._optimizer.param_groups[work.bucket.group]
-        if work.rehearsal is not None:
-            try:
-                return work.rehearsal.run(group, leader)
-            except ChangedError:
-                _restore(leader, before)
-        if work.recordings:
-            try:
-                return replay(shadow, work.recordings[-1], group, leader)
-            except ChangedError:
-                _restore(leader, before)
-        recording = record(shadow, group, leader)
-        self._remember(work, recording, before)
-        work.rehearsal = _rehearsal(work, group, before)
-        return recording.scalars
-
-    def _remember(self, work: _Work, recording: Recording, before: dict[str, Any]) -> None:
-        """Put ``recording`` last among those of ``work``, as the known one if it is not new."""
-        for known in work.recordings:
-            if (known.calls, known.after) == (recording.calls, recording.after):
-                work.recordings.remove(known)
-                work.recordings.append(known)
-                return
-        group = self._optimizer.param_groups[work.bucket.group]
-        other = record(
-            Shadow(self._optimizer, work.bucket.dtypes, SHAPES[1]), group, _copies(before)
-        )
-        if other.calls != recording.calls or other.scalars != recording.scalars:
-            raise NotPointwiseError("the step depends on a parameter's shape")
-        work.recordings.append(recording)
-
     def _kernel(
-        self, work: _Work, recording: Recording, insert: InsertNormAndScale, dtype: torch.dtype
-    ) -> cpp.Kernel:
+        self, work: Work, recording: Recording, insert: InsertNormAndScale, dtype: torch.dtype
+    ) -> Any:
         made = [k for k in recording.after if k not in work.bucket.dtypes]
         dtypes = work.bucket.dtypes | {k: work.shadow.state[k].dtype for k in made}
         key = (tuple(recording.calls), tuple(recording.after.items()), tuple(dtypes.items()))
         if (key, insert, dtype) not in self._kernels:
             program = assemble(recording, dtypes, dtype, insert)
-            self._kernels[key, insert, dtype] = cpp.Kernel(program)
+            self._kernels[key, insert, dtype] = self._target.kernel(program)
             self.compilations += 1
         return self._kernels[key, insert, dtype]
 
-    def _launch(self, launch: _Launch, norm: Tensor) -> None:
-        bucket = launch.work.bucket
-        values = {"max_norm": self._max_norm.data_ptr(), "norm": norm.data_ptr()}
-        launch.kernel(
-            launch.work.table.addresses,
-            bucket.sizes,
-            bucket.first_chunk,
-            launch.scalars,
-            [values[name] for name in launch.kernel.values],
-            torch.get_num_threads(),
-        )
-
-
-def _rehearsal(
-    work: _Work, group: Mapping[str, Any], before: Mapping[str, Any]
-) -> Rehearsal | None:
-    """That of the latest recording, if it finds the same scalars."""
-    shadow = Shadow(work.shadow.optimizer, work.bucket.dtypes)
-    recording = record(shadow, group, _copies(before))
-    rehearsal = Rehearsal(shadow, recording)
-    try:
-        same = rehearsal.run(group, _copies(before)) == recording.scalars
-    except ChangedError:
-        return None
-    return Rehearsal(work.shadow, work.recordings[-1]) if same else None
-
-
-def _copies(others: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in others.items()}
-
-
-def _restore(leader: dict[str, Any], saved: dict[str, Any]) -> None:
-    for name, value in saved.items():
-        if isinstance(value, Tensor):
-            leader[name].copy_(value)
+    def _check(
+        self, work: Work, kernel: Any, scalars: list[float], before: dict[str, Any], norm: Tensor
+    ) -> None:
+        values = {"max_norm": self._max_norm, "norm": norm}
+        args = (self._optimizer, work.bucket, self._target, kernel, scalars, before, values)
+        try:
+            check(*args)
+        except NotPointwiseError:
+            raise
+        except Exception as error:
+            raise UnsupportedError(f"a kernel's first run failed: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import defaultdict
+from collections.abc import Mapping
 from copy import copy
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from compileclip import reference
-from compileclip.buckets import Bucket, chunks
-from compileclip.lowering import cpp
+from compileclip.buckets import Bucket
+from compileclip.lowering.targets import Target
 from compileclip.shadow import NotPointwiseError
 from compileclip.traced import raw_step
 
@@ -26,22 +27,22 @@ CLOSE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 4e-2, torch.
 def check(
     optimizer: Optimizer,
     bucket: Bucket,
-    kernel: cpp.Kernel,
+    target: Target,
+    kernel: Any,
     scalars: list[float],
     others: dict[str, Any],
-    max_norm: Tensor,
-    norm: Tensor,
+    values: Mapping[str, Tensor],
 ) -> None:
     """Run ``kernel`` and the optimizer's own step on copies of the smallest parameters.
 
     Args:
         optimizer: the wrapped optimizer.
         bucket: the parameters.
+        target: what runs ``kernel``.
         kernel: what is to be checked.
         scalars: of this step.
         others: the state that is no operand, as it was before this step.
-        max_norm: 0-dim float64.
-        norm: the total norm.
+        values: "max_norm", 0-dim float64, and "norm", the total norm.
 
     Raises:
         NotPointwiseError: they differ; nothing but copies was changed.
@@ -50,7 +51,7 @@ def check(
     params = [bucket.params[i] for i in smallest]
     states = [{k: v for k, v in bucket.states[i].items() if k in bucket.dtypes} for i in smallest]
     clips = "norm" in kernel.values
-    coef = reference.clip_coef(float(max_norm), norm) if clips else None
+    coef = reference.clip_coef(values["max_norm"].item(), values["norm"]) if clips else None
 
     theirs = _Copies(params, states, others)
     if coef is not None:
@@ -61,21 +62,15 @@ def check(
     operands = kernel.program.operands
     names = [str(node.target) for node in operands]  # a node's name may have been changed
     columns = [ours.column(name, kernel) for name in names]
-    sizes, first_chunk = chunks(ours.params)
-    pointers = {"max_norm": max_norm.data_ptr(), "norm": norm.data_ptr()}
-    kernel(
-        array("Q", [tensor.data_ptr() for column in columns for tensor in column]),
-        sizes,
-        first_chunk,
-        scalars,
-        [pointers[name] for name in kernel.values],
-        1,
-    )
+    addresses = array("Q", [tensor.data_ptr() for column in columns for tensor in column])
+    extent = target.extent(array("q", map(Tensor.numel, ours.params)))
+    target.launch(kernel, target.upload(addresses), extent, scalars, values)
     for node, name, column in zip(operands, names, columns, strict=True):
         if node.name not in kernel.program.stored:
             continue
-        for mine, other in zip(column, theirs.column(name, kernel), strict=True):
-            _compare(name, mine, other)
+        for i, (mine, other) in enumerate(zip(column, theirs.column(name, kernel), strict=True)):
+            before = params[i] if name == "param" else states[i].get(name, other)
+            _compare(name, mine, other, before)
 
 
 class _Copies:
@@ -107,7 +102,7 @@ class _Copies:
             raw_step(optimizer)(shadow)
         self.states = [shadow.state[p] for p in self.params]
 
-    def column(self, name: str, kernel: cpp.Kernel) -> list[Tensor]:
+    def column(self, name: str, kernel: Any) -> list[Tensor]:
         """The tensors of an operand; those of new state are empty."""
         if name == "param":
             return [p.detach() for p in self.params]
@@ -120,10 +115,12 @@ class _Copies:
         return [state[name] for state in self.states]
 
 
-def _compare(name: str, ours: Tensor, theirs: Tensor) -> None:
+def _compare(name: str, ours: Tensor, theirs: Tensor, before: Tensor) -> None:
     a, b = ours.double(), theirs.double()
     finite = b.isfinite()
-    scale = b[finite].abs().max().item() if finite.any() else 1.0
+    # What a step nearly cancels has the rounding errors of what was there before.
+    largest = torch.maximum(b.abs(), before.detach().double().abs().nan_to_num())
+    scale = largest[finite].max().item() if finite.any() else 1.0
     far = ((a - b).abs() > CLOSE[theirs.dtype] * max(scale, 1e-30)) & finite
     if far.any() or not torch.equal(a.isfinite(), finite):
         raise NotPointwiseError(

@@ -132,15 +132,16 @@ def raw_step(optimizer: Optimizer) -> Any:
     return step.__wrapped__ if step.__code__.co_name == "_use_grad" else step
 
 
-def initialize_state(optimizer: Optimizer, with_grad: bool = False) -> int:
+def initialize_state(optimizer: Optimizer, with_grad: bool = False, capturable: bool = True) -> int:
     """Make the state that the first step would make, as far as the class has a function for it.
 
-    A graph that makes state is another one than that of all later steps. Groups on a GPU become
-    capturable, as torch.compile makes them, for their step counts to be on the device.
+    A graph that makes state is another one than that of all later steps.
 
     Args:
         optimizer: whose state is made.
         with_grad: of those parameters only that have a gradient.
+        capturable: make groups on a GPU capturable, as torch.compile does, for their step counts
+            to be on the device.
 
     Returns:
         The number of parameters that have state now and had none.
@@ -159,7 +160,7 @@ def initialize_state(optimizer: Optimizer, with_grad: bool = False) -> int:
         ]
         if not fresh:
             continue
-        if "capturable" in group and any(p.is_cuda for p in fresh):
+        if capturable and "capturable" in group and any(p.is_cuda for p in fresh):
             group["capturable"] = True
         kept, among = [p.grad for p in group["params"]], set(fresh)
         try:

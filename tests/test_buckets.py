@@ -113,6 +113,27 @@ def test_twenty_steps(name: str, write_grads: bool | None) -> None:
     assert twins.ours._modes.kernels.compilations == 2  # the first step makes state
 
 
+@pytest.mark.parametrize("write_grads", [None, True, False])
+def test_measured_and_not_clipped(write_grads: bool | None) -> None:
+    twins = Twins(write_grads=write_grads)
+    for seed in range(6):
+        for opt in twins.both:
+            opt.max_norm = None if 1 < seed < 4 else 0.5
+        twins.step(seed)
+
+
+def test_a_step_that_nearly_cancels_a_parameter() -> None:
+    """Its rounding errors are those of what was there before, and no reason to go eager."""
+    twins = Twins(lambda p: torch.optim.AdamW(p, lr=0.1, eps=0.0, weight_decay=0.0), [(1,)])
+    for p, _ in twins.params():
+        p.grad = torch.tensor([1.0])
+        p.data.fill_(0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        twins.ours.step()
+    assert twins.params()[0][0].abs() < 1e-7
+
+
 def test_nothing_is_compiled_anew_because_a_hyperparameter_changed() -> None:
     twins = Twins(lambda params: RAdam(params, lr=0.1, foreach=False, weight_decay=0.1))
     schedulers = [lr_scheduler.OneCycleLR(opt, 0.1, total_steps=201) for opt in twins.both]

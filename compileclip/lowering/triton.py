@@ -29,6 +29,7 @@ import hashlib
 import importlib.util
 import os
 import tempfile
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -59,6 +60,10 @@ _IMPORTS = (
 class Kernel:
     """A program, ready to be launched over a bucket.
 
+    Attributes:
+        program: what it was made of.
+        values: the names of ``program.values``.
+
     Args:
         program: its operands are float32, float64, float16 or bfloat16.
 
@@ -67,6 +72,8 @@ class Kernel:
     """
 
     def __init__(self, program: Program) -> None:
+        self.program = program
+        self.values = [node.name for node in program.values]
         self._step = load(source(program)).compileclip_step
 
     def __call__(
@@ -110,9 +117,12 @@ def block_list(sizes: Sequence[int], block: int = BLOCK) -> Tensor:
 
 def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
     """An int64 tensor of numbers; the copy to a GPU waits for nothing."""
-    pinned = device.type == "cuda"
-    host = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=pinned)
-    return host.to(device, non_blocking=True)
+    if not len(numbers):
+        return torch.empty(0, dtype=torch.int64, device=device)
+    host = torch.frombuffer(array("q", numbers), dtype=torch.int64)
+    if device.type == "cuda":  # out of pageable memory a copy would be waited for
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.clone()
 
 
 def source(program: Program) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ import triton  # type: ignore[import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
-from compileclip import reference
 from compileclip.lowering import UnsupportedError
 from compileclip.lowering.triton import block_list, on_device
 
@@ -39,7 +39,7 @@ _TYPES = {
     torch.bfloat16: tl.bfloat16,
 }
 
-_ORDERS = {1.0: "values", 2.0: "squares", math.inf: "max"}
+ORDERS = {1.0: "values", 2.0: "squares", math.inf: "max"}
 # Between the first two, squares are normal numbers and 2**52 of them a finite sum; the others bring
 # what lies outside to where that holds.
 _SMALL, _LARGE = tl.constexpr(2.0**-511), tl.constexpr(2.0**486)
@@ -61,7 +61,7 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     Raises:
         UnsupportedError: there is no kernel for a dtype, a layout or the order of the norm.
     """
-    if norm_type not in _ORDERS:
+    if norm_type not in ORDERS:
         raise UnsupportedError(f"there is no Triton kernel for norm_type={norm_type}")
     groups: dict[torch.dtype, list[Tensor]] = {}
     for t in tensors:
@@ -69,25 +69,60 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
             raise UnsupportedError(f"there is no Triton kernel for {t.dtype} in {t.layout}")
         groups.setdefault(t.dtype, []).append(_dense(t))
     device = tensors[0].device
-    chunks = {d: _chunks(tuple(t.numel() for t in g), device) for d, g in groups.items()}
-    count = sum(len(blocks) for _, blocks in chunks.values())
-    scaled = torch.float64 in groups and norm_type == 2
+    lists = []
+    for dtype, group in groups.items():
+        sizes, blocks = _chunks(tuple(t.numel() for t in group), device)
+        lists.append(List(on_device([t.data_ptr() for t in group], device), sizes, blocks, dtype))
+    return norm_of(lists, norm_type)
+
+
+@dataclass(frozen=True)
+class List:
+    """N tensors of one dtype without gaps, on one device.
+
+    Attributes:
+        addresses: int64 ``[N]``.
+        sizes: int64 ``[N]``: how many elements each has.
+        blocks: ``block_list`` of the sizes in blocks of ``CHUNK``.
+        dtype: float32, float64, float16 or bfloat16.
+    """
+
+    addresses: Tensor
+    sizes: Tensor
+    blocks: Tensor
+    dtype: torch.dtype
+
+
+def norm_of(lists: Sequence[List], norm_type: float) -> Tensor:
+    """The p-norm of all tensors of ``lists``, at least one, seen as one vector.
+
+    Args:
+        lists: on one device.
+        norm_type: 1, 2 or infinity.
+
+    Returns:
+        A 0-dim tensor, float64 if one of the lists is and else float32.
+    """
+    device = lists[0].sizes.device
+    count = sum(len(each.blocks) for each in lists)
+    double = any(each.dtype == torch.float64 for each in lists)
+    scaled = double and norm_type == 2
     shares = torch.empty((3 if scaled else 1, count), dtype=torch.float64, device=device)
-    total = torch.empty((), dtype=reference.norm_dtype(tensors), device=device)
-    constants = {"ORDER": _ORDERS[norm_type], "SCALED": scaled}
+    total = torch.empty((), dtype=torch.float64 if double else torch.float32, device=device)
+    constants = {"ORDER": ORDERS[norm_type], "SCALED": scaled}
     done = 0
     with torch.cuda.device_of(total):
-        for dtype, group in groups.items():
-            sizes, blocks = chunks[dtype]
-            if len(blocks):
-                addresses = on_device([t.data_ptr() for t in group], device)
-                _take_shares[(len(blocks),)](
-                    *(addresses, sizes, blocks, shares, done, count),
-                    **{"DTYPE": _TYPES[dtype], "WIDE": _wide(dtype, norm_type), "CHUNK": CHUNK},
+        for each in lists:
+            if len(each.blocks):
+                dtypes = {"DTYPE": _TYPES[each.dtype], "WIDE": _wide(each.dtype, norm_type)}
+                _take_shares[(len(each.blocks),)](
+                    *(each.addresses, each.sizes, each.blocks, shares, done, count),
+                    **dtypes,
+                    CHUNK=CHUNK,
                     **constants,
                     **_FIRST,
                 )
-            done += len(blocks)
+            done += len(each.blocks)
         _add_shares[(1,)](shares, total, count, **constants, **_SECOND)
     return total
 

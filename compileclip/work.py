@@ -1,0 +1,110 @@
+"""One bucket's part of a step, and how it learns the scalars of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from compileclip.buckets import Bucket
+from compileclip.capture import ChangedError, Recording, record, replay
+from compileclip.gather import Table
+from compileclip.rehearsal import Rehearsal
+from compileclip.shadow import SHAPES, NotPointwiseError, Shadow
+
+
+class Work:
+    """A bucket, what steps in its place, and what that has been seen to do.
+
+    Attributes:
+        table: the bucket's, and its addresses.
+        extent: its sizes, as the target's launches take them.
+        shadow: steps in the place of the bucket's parameters.
+        kernels: for what it has done so far.
+    """
+
+    def __init__(self, optimizer: Optimizer, table: Table, extent: Any) -> None:
+        self.table, self.extent = table, extent
+        self.shadow = Shadow(optimizer, table.bucket.dtypes)
+        self.kernels: dict[Any, Any] = {}
+        self._optimizer = optimizer
+        self._recordings: list[Recording] = []  # the latest last
+        self._rehearsal: Rehearsal | None = None  # of the latest, if that can be rehearsed
+
+    @property
+    def bucket(self) -> Bucket:
+        """The bucket."""
+        return self.table.bucket
+
+    @property
+    def recording(self) -> Recording:
+        """Of what the shadow did last."""
+        return self._recordings[-1]
+
+    def scalars(self, before: Mapping[str, Any]) -> list[float]:
+        """Those of this step, in the quickest way; the leader has stepped then.
+
+        Args:
+            before: copies of the leader.
+
+        Raises:
+            NotPointwiseError: the step cannot become a program.
+        """
+        leader, group = self.bucket.leader, self._group
+        if self._rehearsal is not None:
+            try:
+                return self._rehearsal.run(group, leader)
+            except ChangedError:
+                restore(leader, before)
+        if self._recordings:
+            try:
+                return replay(self.shadow, self.recording, group, leader)
+            except ChangedError:
+                restore(leader, before)
+        recording = record(self.shadow, group, leader)
+        self._remember(recording, before)
+        self._rehearsal = self._rehearse(before)
+        return recording.scalars
+
+    @property
+    def _group(self) -> dict[str, Any]:
+        group: dict[str, Any] = self._optimizer.param_groups[self.bucket.group]
+        return group
+
+    def _remember(self, recording: Recording, before: Mapping[str, Any]) -> None:
+        """Put ``recording`` last, as the known one if it is not new."""
+        for known in self._recordings:
+            if (known.calls, known.after) == (recording.calls, recording.after):
+                self._recordings.remove(known)
+                self._recordings.append(known)
+                return
+        twin = Shadow(self._optimizer, self.bucket.dtypes, SHAPES[1])
+        other = record(twin, self._group, copied(before))
+        if other.calls != recording.calls or other.scalars != recording.scalars:
+            raise NotPointwiseError("the step depends on a parameter's shape")
+        self._recordings.append(recording)
+
+    def _rehearse(self, before: Mapping[str, Any]) -> Rehearsal | None:
+        """That of the latest recording, if it finds the same scalars."""
+        shadow = Shadow(self._optimizer, self.bucket.dtypes)
+        recording = record(shadow, self._group, copied(before))
+        rehearsal = Rehearsal(shadow, recording)
+        try:
+            same = rehearsal.run(self._group, copied(before)) == recording.scalars
+        except ChangedError:
+            return None
+        return Rehearsal(self.shadow, self.recording) if same else None
+
+
+def copied(others: Mapping[str, Any]) -> dict[str, Any]:
+    """``others`` with copies of its tensors."""
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in others.items()}
+
+
+def restore(leader: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Write the tensors of ``saved`` back to those of ``leader``."""
+    for name, value in saved.items():
+        if isinstance(value, Tensor):
+            leader[name].copy_(value)
