@@ -4,12 +4,16 @@ import pytest
 import torch
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "sweep" not in config.option.markexpr:
         for item in items:
             if item.get_closest_marker("sweep"):
                 item.add_marker(pytest.mark.skip(reason="minutes of compilation; -m sweep"))
     if torch.cuda.is_available():
+        for item in items:
+            if "device" in getattr(item, "fixturenames", ()):  # of triton_runs.py
+                item.add_marker(pytest.mark.gpu)
         return
     for item in items:
         if item.get_closest_marker("gpu"):

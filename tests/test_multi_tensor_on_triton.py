@@ -147,6 +147,71 @@ def test_one_launch_for_each_bucket_and_two_for_the_norm(
     assert launches == ["norm_of", "__call__"]
 
 
+def served(make: Callable[[Any], Optimizer], tensors: int = 4) -> Any:
+    """A wrapped optimizer on a GPU that has made two steps in this mode."""
+    params = [nn.Parameter(p.detach().cuda()) for p in params_like([(32, 32)] * tensors)]
+    opt = compileclip.wrap(make(params), 1.0, mode="multi_tensor")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        for seed in range(2):
+            set_grads(params, seed)
+            opt.step()
+    set_grads(params, 2)
+    return opt
+
+
+FUSED = {"AdamW, fused": lambda p: AdamW(p, lr=0.01, fused=True)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*MAKERS, *FUSED])
+def test_no_synchronization(name: str) -> None:
+    opt = served((MAKERS | FUSED)[name])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        opt.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tensors", [4, 2000])
+def test_three_kernels_in_a_step(tensors: int) -> None:
+    opt = served(MAKERS["AdamW"], tensors)
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        opt.step()
+        torch.cuda.synchronize()
+    # Triton launches through cuLaunchKernel, torch through cudaLaunchKernel.
+    launches = [e for e in profile.key_averages() if "LaunchKernel" in e.key]
+    assert sum(e.count for e in launches) == 3, launches
+
+
+@pytest.mark.gpu
+def test_capture_goes_eager_and_replays() -> None:
+    """A captured step would repeat the scalars of that step, so only capturable=True may."""
+    params = [nn.Parameter(p.detach().cuda()) for p in params_like(SHAPES)]
+    plain = clone_params(params)
+    ours = compileclip.wrap(AdamW(params, lr=0.01, capturable=True), 1.0, mode="multi_tensor")
+    theirs = compileclip.wrap(AdamW(plain, lr=0.01, capturable=True), 1.0, mode="eager")
+    for opt in (ours, theirs):
+        set_grads(all_params(opt), 0)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), pytest.warns(FallbackWarning, match="capturable"):
+        ours.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours.step()
+    for _ in range(3):
+        graph.replay()
+    for _ in range(4):
+        theirs.step()
+    for p, q in zip(params, plain, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
 def test_a_kernel_that_cannot_be_compiled_is_refused(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
