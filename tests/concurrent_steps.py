@@ -149,7 +149,6 @@ def explained_while_stepping() -> None:
         while not done.is_set():
             texts.add(opt.explain())
             assert opt.total_norm is None or opt.total_norm > 0
-            opt.state_dict()
         assert any("multi_tensor" in text for text in texts)
 
     together(stepping, explaining)
