@@ -28,7 +28,7 @@ from compileclip.self_check import check
 from compileclip.settings import ClipSettings
 from compileclip.shadow import NotPointwiseError
 from compileclip.traced import CannotCompileError
-from compileclip.work import Work, copied, restore
+from compileclip.work import Work, restore, tensors, values
 
 OTHER_MODES = 'take mode="inductor" or mode="eager"'
 
@@ -199,7 +199,7 @@ class MultiTensorStep:
             self.refusal = CannotCompileError(str(reason), OTHER_MODES)
 
     def _step(self, insert: InsertNormAndScale, copies: Sequence[Copied], norm: Tensor) -> None:
-        saved = [copied(work.bucket.leader) for work in self._works]
+        saved = [values(work.bucket.leader) for work in self._works]
         launches = []
         try:
             for work, before in zip(self._works, saved, strict=True):
@@ -209,7 +209,7 @@ class MultiTensorStep:
                 restore(work.bucket.leader, before)
             raise
         # Last in the norm, first in the update: what was read last is still in the cache.
-        values = {"max_norm": self._max_norm, "norm": norm}
+        read = {"max_norm": self._max_norm, "norm": norm}
         for launch, uploaded in reversed(list(zip(launches, self._uploaded, strict=True))):
             work, table = launch.work, uploaded
             made = {k: v for k, v in work.shadow.state.items() if k not in work.bucket.known}
@@ -217,7 +217,7 @@ class MultiTensorStep:
                 work.table = work.table.extended(work.bucket.extended(made))
                 table = self._target.upload(work.table.addresses)
                 self._plan = None  # there is more state now
-            self._target.launch(launch.kernel, table, work.extent, launch.scalars, values)
+            self._target.launch(launch.kernel, table, work.extent, launch.scalars, read)
         if insert.write_grads:
             for each in copies:
                 each.grad.copy_(each.copy)
@@ -253,8 +253,9 @@ class MultiTensorStep:
     def _check(
         self, work: Work, kernel: Any, scalars: list[float], before: dict[str, Any], norm: Tensor
     ) -> None:
-        values = {"max_norm": self._max_norm, "norm": norm}
-        args = (self._optimizer, work.bucket, self._target, kernel, scalars, before, values)
+        others = tensors(work.bucket.leader, before)
+        read = {"max_norm": self._max_norm, "norm": norm}
+        args = (self._optimizer, work.bucket, self._target, kernel, scalars, others, read)
         try:
             check(*args)
         except NotPointwiseError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,6 +46,10 @@ class Shadow:
         self.optimizer = optimizer
         self._raw_step = raw_step(optimizer)
         self._stepping: Any = object.__new__(type(optimizer))
+        # Dynamo is kept out of this one, which takes as long as four operations.
+        init_group = getattr(type(optimizer), "_init_group", None)
+        bare = getattr(init_group, "_torchdynamo_orig_callable", None)
+        self._bound = {} if bare is None else {"_init_group": partial(bare, self._stepping)}
 
     def step(
         self,
@@ -70,7 +75,7 @@ class Shadow:
                 given[name] = False
         tiny = {k: v for k, v in tensors.items() if k not in ("param", "grad")}
         state = {**tiny, **others}
-        attributes = {**vars(self.optimizer), "param_groups": [dict(given)]}
+        attributes = {**vars(self.optimizer), **self._bound, "param_groups": [dict(given)]}
         attributes["state"] = defaultdict(dict, {param: state} if state else {})
         self._stepping.__dict__ = dict(attributes)
         with torch.no_grad():

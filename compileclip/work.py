@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -47,7 +48,7 @@ class Work:
         """Those of this step, in the quickest way; the leader has stepped then.
 
         Args:
-            before: copies of the leader.
+            before: ``values`` of the leader.
 
         Raises:
             NotPointwiseError: the step cannot become a program.
@@ -81,7 +82,7 @@ class Work:
                 self._recordings.append(known)
                 return
         twin = Shadow(self._optimizer, self.bucket.dtypes, SHAPES[1])
-        other = record(twin, self._group, copied(before))
+        other = record(twin, self._group, tensors(self.bucket.leader, before))
         if other.calls != recording.calls or other.scalars != recording.scalars:
             raise NotPointwiseError("the step depends on a parameter's shape")
         self._recordings.append(recording)
@@ -89,22 +90,31 @@ class Work:
     def _rehearse(self, before: Mapping[str, Any]) -> Rehearsal | None:
         """That of the latest recording, if it finds the same scalars."""
         shadow = Shadow(self._optimizer, self.bucket.dtypes)
-        recording = record(shadow, self._group, copied(before))
+        recording = record(shadow, self._group, tensors(self.bucket.leader, before))
         rehearsal = Rehearsal(shadow, recording)
         try:
-            same = rehearsal.run(self._group, copied(before)) == recording.scalars
+            found = rehearsal.run(self._group, tensors(self.bucket.leader, before))
         except ChangedError:
             return None
+        same = found == recording.scalars
         return Rehearsal(self.shadow, self.recording) if same else None
 
 
-def copied(others: Mapping[str, Any]) -> dict[str, Any]:
-    """``others`` with copies of its tensors."""
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in others.items()}
+def values(leader: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a leader's 0-dim tensors the values; what else it has as it is."""
+    return {k: v.item() if isinstance(v, Tensor) else v for k, v in leader.items()}
 
 
-def restore(leader: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Write the tensors of ``saved`` back to those of ``leader``."""
-    for name, value in saved.items():
+def restore(leader: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Write the values of ``before`` back to the tensors of ``leader``."""
+    for name, value in leader.items():
         if isinstance(value, Tensor):
-            leader[name].copy_(value)
+            value.fill_(before[name])
+
+
+def tensors(leader: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors like those of ``leader`` with the values of ``before``."""
+    return {
+        k: torch.full_like(v, before[k]) if isinstance(v, Tensor) else before[k]
+        for k, v in leader.items()
+    }
