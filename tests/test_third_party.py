@@ -1,8 +1,8 @@
 """Published optimizers, wrapped, against ``clip_grad_norm_`` and bare; for whoever has them.
 
 Read in pytorch_optimizer 4.1.0, torch-optimi 0.3.3 and lion-pytorch 0.2.5. Of the 128 classes of
-the first, mode="multi_tensor" served 43 where they could be made without arguments, 31 of them to the
-bit; what went wrong is in test_foreign_optimizers.py.
+the first, mode="multi_tensor" served 43 where they could be made without arguments, 31 of them to
+the bit; what went wrong is in test_foreign_optimizers.py.
 """
 
 from __future__ import annotations
