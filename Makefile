@@ -34,10 +34,10 @@ mutants: $(VENV)/ready
 
 # Into build/bench/DEVICE. No case begins when the minutes of its command are over.
 bench: $(VENV)/ready
-	$(BIN)/python -m bench scaling --tensors 10 100 1000 5000 --sizes --minutes 2 \
-	    --rows "clip + fused,one graph,multi_tensor,limit" --compile-tensors 100
-	$(BIN)/python -m bench scaling --name sizes --tensors --sizes 1e4 1e5 1e6 1e7 --minutes 0.5 \
-	    --rows "clip + fused,multi_tensor,limit" --compile-tensors 0 --no-first-steps
+	$(BIN)/python -m bench scaling --tensors 10 100 1000 5000 --sizes 1e4 1e5 1e6 1e7 \
+	    --rows "clip + fused,multi_tensor,limit" --no-first-steps --minutes 1
+	$(BIN)/python -m bench scaling --name compilation --tensors 10 30 --sizes --minutes 2 \
+	    --rows "clip + fused,one graph,multi_tensor,limit"
 	$(BIN)/python -m bench train --rows torch "torch, fused" compileclip "compileclip, eager"
 	$(BIN)/python -m bench step --name optimizers --optimizer SGD RMSprop RAdam --minutes 1 \
 	    --shapes 2000x32x32 resnet50 --rows "clip +,multi_tensor,limit" --no-first-steps
@@ -49,15 +49,15 @@ bench: $(VENV)/ready
 gpu:
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
 	failed=0; \
-	timeout 150 $(PYTHON) -m pytest -q -m gpu || failed=1; \
-	$(PYTHON) -m bench scaling --device cuda --tensors 10 100 1000 --sizes --minutes 1 \
-	    --rows "clip + fused,one graph,multi_tensor,limit" --compile-tensors 10 || failed=1; \
-	$(PYTHON) -m bench scaling --device cuda --name sizes --tensors --sizes 1e5 1e7 1e9 \
-	    --minutes 0.5 --compile-tensors 0 --no-first-steps || failed=1; \
+	timeout 120 $(PYTHON) -m pytest -q -m gpu || failed=1; \
+	$(PYTHON) -m bench scaling --device cuda --tensors 10 1000 5000 --sizes 1e5 1e7 1e9 \
+	    --compile-tensors 0 --no-first-steps --minutes 0.7 || failed=1; \
+	$(PYTHON) -m bench scaling --device cuda --name compilation --tensors 10 30 --sizes \
+	    --rows "clip + fused,one graph,multi_tensor,limit" --minutes 0.8 || failed=1; \
 	timeout 60 $(PYTHON) -m bench train --device cuda \
 	    --rows torch "torch, fused" compileclip "compileclip, eager" || failed=1; \
-	$(PYTHON) -m bench step --device cuda --shapes 1x1000 gpt2 2000x32x32 resnet50 llama-1b \
-	    --compile-tensors 1 --no-first-steps --minutes 2 || failed=1; \
+	$(PYTHON) -m bench step --device cuda --shapes 1x1000 2000x32x32 gpt2 resnet50 llama-1b \
+	    --compile-tensors 1 --no-first-steps --minutes 1.7 || failed=1; \
 	if [ -n "$$OUT" ]; then mkdir -p "$$OUT" && cp -r build/bench/. "$$OUT"; fi; \
 	exit $$failed
 

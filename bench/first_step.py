@@ -32,19 +32,19 @@ def first_steps(
     Args:
         case: what is stepped.
         row: the name of a row.
-        cache: a folder that is not there yet; it holds the caches afterwards.
+        cache: an empty folder; it holds the caches afterwards. Inductor splits its command lines
+            at spaces, so there must be none in its path.
         limit: seconds for each process.
     """
-    cache.mkdir()
     with use_caches(cache):
         cold = _in_process(case, row, limit)
         return cold, None if cold is None else _in_process(case, row, limit)
 
 
 @contextlib.contextmanager
-def use_caches(folder: Path) -> Iterator[None]:
-    """Have this process and those that it starts use the caches in ``folder``, if that is there."""
-    if not folder.exists():
+def use_caches(folder: Path | None) -> Iterator[None]:
+    """Have this process and those that it starts use the caches in ``folder``; None: their own."""
+    if folder is None:
         yield
         return
     caches = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder / "triton"}

@@ -44,7 +44,11 @@ class Method:
 
 
 def measure(
-    case: Case, chosen: Sequence[Row], method: Method, on_progress: Callable[[str], object]
+    case: Case,
+    chosen: Sequence[Row],
+    method: Method,
+    caches: Path,
+    on_progress: Callable[[str], object] = lambda what: None,
 ) -> CaseResult:
     """Measure ``chosen`` rows of ``case``; a row that fails leaves the others alone.
 
@@ -52,6 +56,8 @@ def measure(
         case: the work.
         chosen: the rows.
         method: how.
+        caches: a folder for the caches of rows that compile; what runs afterwards in this process
+            may use them.
         on_progress: told what is being done.
 
     Raises:
@@ -59,18 +65,18 @@ def measure(
     """
     check_fits(case)
     result = CaseResult(case.to_json(), case.title, rows=[RowResult(row.name) for row in chosen])
-    with tempfile.TemporaryDirectory(prefix="bench-caches-") as caches:
-        # Before this process takes memory, of which the others need as much.
-        for row, found in zip(chosen, result.rows, strict=True):
-            if method.first_steps and row.compiles and _may_compile(row, case, method):
-                on_progress(f"first steps of {row.name}")
-                folder, limit = Path(caches, row.name), method.first_step_limit
-                times = first_steps(case, row.name, folder, limit)
-                found.first_cold_s, found.first_warm_s = times
-        on_progress("tensors")
-        work = Workload(case)
-        result.bytes_per_parameter = work.needed_bytes / case.elements
-        _rows(work, chosen, method, result, on_progress, Path(caches))
+    folders: dict[str, Path] = {}
+    # Before this process takes memory, of which the others need as much.
+    for row, found in zip(chosen, result.rows, strict=True):
+        if method.first_steps and row.compiles and _may_compile(row, case, method):
+            on_progress(f"first steps of {row.name}")
+            folders[row.name] = folder = Path(tempfile.mkdtemp(dir=caches))
+            times = first_steps(case, row.name, folder, method.first_step_limit)
+            found.first_cold_s, found.first_warm_s = times
+    on_progress("tensors")
+    work = Workload(case)
+    result.bytes_per_parameter = work.needed_bytes / case.elements
+    _rows(work, chosen, method, result, folders, on_progress)
     del work
     _empty()
     return result
@@ -81,14 +87,14 @@ def _rows(
     chosen: Sequence[Row],
     method: Method,
     result: CaseResult,
+    folders: dict[str, Path],
     on_progress: Callable[[str], object],
-    caches: Path,
 ) -> None:
     runs: dict[str, Run] = {}
     torch.compiler.reset()  # another case is no recompilation, of which there may be a few only
     for row, found in zip(chosen, result.rows, strict=True):
         on_progress(f"check of {row.name}")
-        with use_caches(caches / row.name):  # filled, if first steps were timed
+        with use_caches(folders.get(row.name)):  # filled already
             run = _checked(row, work, method, found)
         if run is not None:
             runs[row.name] = run
@@ -125,7 +131,7 @@ def _checked(row: Row, work: Workload, method: Method, found: RowResult) -> Run 
         return None
     if difference is None:
         return run
-    if not row.compiles:
+    if method.first_steps and not row.compiles:
         found.first_cold_s = found.first_warm_s = making + seconds[0]
     found.difference = difference.absolute
     if difference.relative > CLOSE[work.case.dtype]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -43,11 +44,14 @@ def run_cases(
     print(environment.headline(where))
     # In a file each refresh stays, so let there be few.
     interval = 0.1 if sys.stderr.isatty() else 30.0
-    with tqdm(total=len(cases), unit="case", mininterval=interval) as bar:
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-caches-") as caches,
+        tqdm(total=len(cases), unit="case", mininterval=interval) as bar,
+    ):
         for case in cases:
             bar.set_description_str(case.name)
             if bar.format_dict["elapsed"] < 60 * args.minutes:
-                result = measure_case(case, chosen or rows.ROWS, method, bar)
+                result = measure_case(case, chosen or rows.ROWS, method, Path(caches), bar)
             else:
                 reason = f"the time is up (--minutes {args.minutes:g})"
                 result = CaseResult(case.to_json(), case.title, reason=reason)
@@ -58,10 +62,12 @@ def run_cases(
     return report, path
 
 
-def measure_case(case: Case, chosen: Sequence[Row], method: Method, bar: tqdm) -> CaseResult:
+def measure_case(
+    case: Case, chosen: Sequence[Row], method: Method, caches: Path, bar: tqdm
+) -> CaseResult:
     """Measure ``case``; if that cannot be, say why in its result."""
     try:
-        return measure(case, chosen, method, lambda what: _show(bar, what))
+        return measure(case, chosen, method, caches, lambda what: _show(bar, what))
     except NotRunError as error:
         reason = str(error)
     except Exception as error:

@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         An exit status: 1 if a row was wrong or nothing was measured.
     """
-    shapes = [(f"{n} tensors", (SHAPE,) * n) for n in sorted(set(args.tensors))]
-    shapes += [(f"{n} elements", ((n // COUNT,),) * COUNT) for n in sorted(set(args.sizes))]
+    shapes = [(f"{n:,} tensors", (SHAPE,) * n) for n in sorted(set(args.tensors))]
+    shapes += [(f"{n:,} elements", ((n // COUNT,),) * COUNT) for n in sorted(set(args.sizes))]
     cases = [
         Case(name, tensors, args.optimizer, args.dtype, args.device) for name, tensors in shapes
     ]

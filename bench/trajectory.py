@@ -20,7 +20,10 @@ from bench.optimizers import MAX_NORM
 SPREAD = 0.02  # of parameters, as models initialize them: a step must show beside it in bfloat16
 # Bytes per element of a checkpoint (float32) and of the reference (float64), with two states.
 KEPT_BYTES = 3 * 4 + 3 * 8
-PIECE = 2**19  # elements
+# Elements of a piece: on a CPU so few that memory is used again, elsewhere so many that launches
+# do not count.
+PIECE = {"cpu": 2**19}
+LARGE_PIECE = 2**24
 # What an optimizer keeps per parameter, whatever the parameter's size.
 SCALARS = {"step", "mu_product"}
 State = dict[str, Tensor]
@@ -113,7 +116,7 @@ def draw(case: Case, index: int, stream: int) -> Tensor:
 
 def pieces(tensor: Tensor) -> Sequence[Tensor]:
     """Views of a part each, whose float64 copies are small."""
-    views: Sequence[Tensor] = tensor.reshape(-1).split(PIECE)
+    views: Sequence[Tensor] = tensor.reshape(-1).split(PIECE.get(tensor.device.type, LARGE_PIECE))
     return views
 
 

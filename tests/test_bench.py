@@ -34,7 +34,7 @@ def case(
 
 
 def run(case: Case, *chosen: Row, method: Method = QUICK) -> dict[str, RowResult]:
-    result = measure.measure(case, chosen or rows.ROWS, method, lambda what: None)
+    result = measure.measure(case, chosen or rows.ROWS, method, Path("/unused"))
     return {row.name: row for row in result.rows}
 
 
@@ -221,9 +221,9 @@ def test_a_mode_that_falls_back_is_not_timed(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_too_large_and_not_there() -> None:
     with pytest.raises(NotRunError, match=r"needs .* GiB of memory, .* are free"):
-        measure.measure(case(shapes=((10**13,),)), rows.ROWS, QUICK, lambda what: None)
+        measure.measure(case(shapes=((10**13,),)), rows.ROWS, QUICK, Path("/unused"))
     with pytest.raises(NotRunError, match="no device 'cuda:77'"):
-        measure.measure(case(device="cuda:77"), rows.ROWS, QUICK, lambda what: None)
+        measure.measure(case(device="cuda:77"), rows.ROWS, QUICK, Path("/unused"))
 
 
 def test_reference_is_a_plain_run_in_float64() -> None:
@@ -290,12 +290,12 @@ def test_median_and_quartiles() -> None:
 
 
 def test_first_steps_are_cold_then_warm(tmp_path: Path) -> None:
-    cold, warm = first_steps(case(shapes=((5,),)), OURS, tmp_path / "caches", 120.0)
+    cold, warm = first_steps(case(shapes=((5,),)), OURS, tmp_path, 120.0)
     assert cold is not None
     assert warm is not None
     assert warm < cold
-    assert list((tmp_path / "caches").rglob("*.so"))
-    assert first_steps(case(), OURS, tmp_path / "others", 0.01) == (None, None)
+    assert list(tmp_path.rglob("*.so"))
+    assert first_steps(case(), OURS, tmp_path, 0.01) == (None, None)
 
 
 def test_lists_of_shapes() -> None:
