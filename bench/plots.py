@@ -55,7 +55,10 @@ def of_scaling(report: Report, path: Path) -> list[Path]:
     """Draw time, share of the limit and first steps against tensors and sizes."""
     tensors = [case for case in report.cases if case.case["shapes"].endswith("tensors")]
     sizes = [case for case in report.cases if case.case["shapes"].endswith("elements")]
-    sweeps = [("tensors", "tensors of 32 x 32", tensors), ("elements", "elements", sizes)]
+    sweeps = [
+        ("tensors", "tensors of 32 x 32", tensors),
+        ("elements", "elements, in 16 tensors", sizes),
+    ]
     sweeps = [sweep for sweep in sweeps if any(case.rows for case in sweep[2])]
     figures: list[tuple[str, str, Value, str]] = [
         ("time", "time per step (ms)", lambda row: row.median_ms, "Clip and step: time"),
@@ -80,6 +83,7 @@ def of_train(report: Report, path: Path) -> list[Path]:
     whole = [row.median_ms or 0.0 for row in rows]
     part = [row.update_ms or 0.0 for row in rows]
     names = [row.name for row in rows]
+    axes[0].grid(visible=False, axis="y")
     bars = axes[0].barh(names, whole, color="#c6dbef", label="training step")
     axes[0].bar_label(bars, [f"{milliseconds(value)} ms" for value in whole], padding=4)
     axes[0].barh(names, part, color="#cb181d", height=0.4, label="of it clip and step")
@@ -139,6 +143,7 @@ def _bars(cases: Sequence[CaseResult], title: str, report: Report, out: Path) ->
         rows = _measured(case)
         shares = [_percent(row) or 0.0 for row in rows]
         colors = [STYLES[row.name]["color"] for row in rows]
+        axes.grid(visible=False, axis="y")
         bars = axes.barh([row.name for row in rows], shares, color=colors, height=0.7)
         texts = [
             f"{s:.0f} %: {milliseconds(r.median_ms)} ms" for s, r in zip(shares, rows, strict=True)
@@ -163,6 +168,7 @@ def _first_bars(cases: Sequence[CaseResult], title: str, report: Report, out: Pa
             colors = [STYLES[row.name]["color"] for row in rows]
             bars = axes.barh(places, values, height=0.4, color=colors, alpha=alpha)
             axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=4, fontsize=7)
+        axes.grid(visible=False, axis="y")
         axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
         axes.invert_yaxis()
         axes.set_xscale("log")
@@ -185,10 +191,15 @@ def _lines(
         for name, points in _series(cases, key, value):
             axes.plot(*zip(*points, strict=True), label=name, markersize=5, **STYLES[name])
         axes.set(xlabel=f"number of {xlabel}", ylabel=ylabel, xscale="log")
-        if "%" in ylabel:
+        measured = sorted({case.case[key] for case in cases})
+        axes.set_xticks(measured, [f"{count:,}" for count in measured])
+        axes.minorticks_off()
+        if "(ms)" not in ylabel:
             axes.set_ylim(bottom=0)
         else:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
     handles = {
         name: line
         for axes in panels

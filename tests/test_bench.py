@@ -65,7 +65,7 @@ def test_every_row(dtypes: str) -> None:
         assert result.share_of_limit > 0
         if name != LIMIT:
             assert 0 < result.difference < (1e-7 if dtypes == "float32" else 1e-3)
-            assert result.extra_bytes >= 0 or name == "optax, jax.jit"
+            assert name == "optax, jax.jit" or result.extra_bytes >= 0
     # Copies of two gradients of 70 x 130 at once, as foreach computes with lists.
     assert found["clip + foreach"].extra_bytes >= 70 * 130 * (4 if dtypes == "float32" else 2)
     assert found[BASELINE].ratio == found[LIMIT].share_of_limit == 1.0
