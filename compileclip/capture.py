@@ -117,6 +117,8 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise NotPointwiseError(f"{func} draws random numbers")
         leaves = list(_leaves(args, kwargs or {}))
         mine = [isinstance(a, Tensor) and _storage(a) in self._numbers for a in leaves]
         out = func(*args, **(kwargs or {}))
@@ -217,11 +219,16 @@ def functional(func: OpOverload) -> OpOverload:
     if not func._schema.is_mutable:
         return func
     packet = getattr(ATEN, name.removesuffix("_"), None)
-    for candidate in (overload, "default", "Tensor"):
+    for candidate in (overload, "default", "Tensor", "Tensor_Scalar"):
         found = getattr(packet, candidate, None)
-        if found is not None and not found._schema.is_mutable:
+        if found is not None and not found._schema.is_mutable and _kinds(found) == _kinds(func):
             return found  # type: ignore[no-any-return]
     raise NotPointwiseError(f"{func} has no functional form")
+
+
+def _kinds(func: OpOverload) -> list[str]:
+    """The types of the arguments but for a tensor that the result is written to."""
+    return [str(a.type) for a in func._schema.arguments if not a.is_out]
 
 
 def _leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:

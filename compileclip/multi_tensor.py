@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compileclip import traced
+from compileclip import shadow, traced
 from compileclip.assemble import assemble
 from compileclip.buckets import StaleError
 from compileclip.capture import Recording
@@ -110,6 +110,7 @@ class MultiTensorStep:
         if self.refusal is not None:
             return None
         self._for_now = self._why_not_now(settings, {p.device for p in params})
+        self._for_now = self._for_now or shadow.why_not(self._optimizer)
         if self._for_now is not None:
             return None
         if settings.write_grads and len({id(p.grad) for p in params}) < len(params):

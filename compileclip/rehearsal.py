@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compileclip.capture import SCALAR, Call, ChangedError, Recording
-from compileclip.shadow import Shadow
+from compileclip.shadow import Shadow, StandIn
 
 # Functions and methods called otherwise than the operation that they come to.
 _NAMES = {f"__{name}__": name for name in ("add", "sub", "mul", "neg", "abs", "pow")}
@@ -27,7 +27,7 @@ _ITSELF = ("conj", "detach")
 _FALSE = ("is_sparse", "is_complex", "is_cuda", "is_mkldnn", "is_meta")
 
 
-class Prop:
+class Prop(StandIn):
     """Stands for one tensor of a recording."""
 
     def __init__(self, rehearsal: Rehearsal, tensor: Tensor) -> None:

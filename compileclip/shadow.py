@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from functools import partial
+from copy import deepcopy
+from enum import Enum
+from functools import cache, partial
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
+from compileclip.eager import is_torchs_own
 from compileclip.traced import raw_step
 
 SHAPES = ((2, 3), (5,))  # a step is the same for both, or refused
@@ -17,6 +22,47 @@ SHAPES = ((2, 3), (5,))  # a step is the same for both, or refused
 
 class NotPointwiseError(ValueError):
     """A step cannot become a program; the message says why."""
+
+
+class StandIn:
+    """What takes the place of a tensor in a step."""
+
+
+# What cannot change under a step's hands: a shadow may share it with the real optimizer.
+_FIXED = (
+    *(int, float, complex, str, bytes, type(None), type, Enum, torch.dtype, torch.device),
+    *(FunctionType, BuiltinFunctionType, MethodType),
+)
+
+
+def why_not(optimizer: Optimizer) -> str | None:
+    """Why a shadow's step could change the real optimizer, or what it keeps could be missed."""
+    if is_torchs_own(optimizer):
+        return None
+    for name, value in vars(optimizer).items():
+        if name not in _usual() and not (_is_fixed(value) or _is_data(value)):
+            return f"the optimizer keeps a {type(value).__name__} in its attribute {name!r}"
+    other = next((key for key in optimizer.state if not isinstance(key, Tensor)), None)
+    return None if other is None else f"the optimizer keeps {other!r} in its state"
+
+
+@cache
+def _usual() -> frozenset[str]:
+    """The attributes of every optimizer."""
+    return frozenset(vars(Optimizer([torch.nn.Parameter(torch.empty(0, device="cpu"))], {})))
+
+
+def _is_fixed(value: object) -> bool:
+    if isinstance(value, tuple | frozenset):
+        return all(map(_is_fixed, value))
+    return isinstance(value, _FIXED)
+
+
+def _is_data(value: object) -> bool:
+    """Whether it is a list, dictionary or set of what is fixed: copied, it can be compared."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    return isinstance(value, list | set) and all(map(_is_fixed, value))
 
 
 class Shadow:
@@ -45,6 +91,7 @@ class Shadow:
         self.changes: dict[str, Any] = {}
         self.optimizer = optimizer
         self._raw_step = raw_step(optimizer)
+        self._is_foreign = not is_torchs_own(optimizer)
         self._stepping: Any = object.__new__(type(optimizer))
         # Dynamo is kept out of this one, which takes as long as four operations.
         init_group = getattr(type(optimizer), "_init_group", None)
@@ -65,17 +112,18 @@ class Shadow:
             props: what takes the place of ``tensors``, if anything does.
 
         Raises:
-            NotPointwiseError: the step changes an attribute of the optimizer.
+            NotPointwiseError: the step changes an attribute of the optimizer or a tensor in the
+                group, or keeps as state what is neither a tensor nor a number.
         """
         tensors = self.tensors if props is None else props
         param = tensors["param"]
-        given = {**group, "params": [param]}
-        for name in ("foreach", "fused"):
-            if name in given:
-                given[name] = False
+        in_group, in_optimizer = self._mutable(group) if self._is_foreign else ({}, {})
+        plain = {name: False for name in ("foreach", "fused") if name in group}
+        given = {**group, **_copied(in_group), **plain, "params": [param]}
         tiny = {k: v for k, v in tensors.items() if k not in ("param", "grad")}
         state = {**tiny, **others}
-        attributes = {**vars(self.optimizer), **self._bound, "param_groups": [dict(given)]}
+        attributes = {**vars(self.optimizer), **self._bound, **_copied(in_optimizer)}
+        attributes["param_groups"] = [dict(given)]
         attributes["state"] = defaultdict(dict, {param: state} if state else {})
         self._stepping.__dict__ = dict(attributes)
         with torch.no_grad():
@@ -87,3 +135,35 @@ class Shadow:
         self.state = dict(after["state"][param])
         now = after["param_groups"][0]
         self.changes = {k: v for k, v in now.items() if v is not given.get(k)}
+        if self._is_foreign:
+            _check_state(after["state"], self.state)
+            _check_unchanged(given, in_group, "in its parameter group")
+            _check_unchanged(after, in_optimizer, "of the optimizer")
+
+    def _mutable(self, group: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a step could change in place, in the group and in the optimizer's attributes."""
+        attributes = vars(self.optimizer).items()
+        return (
+            {k: v for k, v in group.items() if k != "params" and not _is_fixed(v)},
+            {k: v for k, v in attributes if k not in _usual() and not _is_fixed(v)},
+        )
+
+
+def _copied(values: dict[str, Any]) -> dict[str, Any]:
+    return deepcopy(values) if values else values
+
+
+def _check_state(states: Mapping[Any, Any], state: Mapping[str, Any]) -> None:
+    """See that what a step keeps can be kept for each parameter."""
+    if len(states) > 1:
+        raise NotPointwiseError("the step keeps state that is of no parameter")
+    for name, value in state.items():
+        if not isinstance(value, Tensor | StandIn | int | float | None):
+            raise NotPointwiseError(f"the state {name!r} is a {type(value).__name__}")
+
+
+def _check_unchanged(copies: Mapping[str, Any], originals: Mapping[str, Any], whose: str) -> None:
+    for name, value in originals.items():
+        same = copies[name] == value
+        if not (same.all() if isinstance(same, Tensor) else same):
+            raise NotPointwiseError(f"the step changes {name!r} {whose} in place")

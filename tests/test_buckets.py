@@ -443,7 +443,7 @@ class Noisy(SGD):
         (ByShape, "depends on a parameter's shape"),
         (Normalizes, "not pointwise"),
         (CountsItself, "changes the optimizer's 'count'"),
-        (Noisy, "not pointwise"),
+        (Noisy, "draws random numbers"),
     ],
 )
 def test_what_is_no_pointwise_step_is_refused_with_its_reason(cls: Any, reason: str) -> None:
