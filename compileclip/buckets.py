@@ -6,14 +6,14 @@ from array import array
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, chain, pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compileclip.lowering import CHUNK
+from compileclip.lowering.norm import is_dense
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -48,7 +48,7 @@ class Bucket:
     numbers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self.sizes, self.first_chunk = chunks(self.params)
+        self.sizes = array("q", map(Tensor.numel, self.params))
         self._on_host: dict[str, Tensor] = {}
         self._share_counts()
 
@@ -111,13 +111,6 @@ class Bucket:
         self._versions = [(buffer, buffer._version) for buffer in self.counts.values()]
 
 
-def chunks(tensors: Sequence[Tensor]) -> tuple[array[int], array[int]]:
-    """The sizes of ``tensors`` in elements, and the number of chunks before each and in all."""
-    sizes = array("q", map(Tensor.numel, tensors))
-    counts = ((size + CHUNK - 1) // CHUNK for size in sizes)
-    return sizes, array("q", accumulate(counts, initial=0))
-
-
 def sort(
     optimizer: Optimizer, params: Sequence[Tensor]
 ) -> tuple[list[Bucket], list[tuple[Tensor, str]]]:
@@ -174,7 +167,7 @@ def _kind(p: Tensor, state: dict[str, Any], group: int, known: Mapping[int, floa
     assert grad is not None
     if grad.layout != torch.strided or type(grad) is not Tensor:
         raise NotServedError("a gradient is sparse or no plain tensor")
-    if p.dtype not in DTYPES or grad.dtype not in DTYPES or not _is_dense(p):
+    if p.dtype not in DTYPES or grad.dtype not in DTYPES or not is_dense(p):
         raise NotServedError(f"a parameter is {p.dtype}, or not dense in memory")
     dtypes = {"param": p.dtype, "grad": grad.dtype}
     counts: dict[str, Any] = {}
@@ -195,18 +188,6 @@ def _kind(p: Tensor, state: dict[str, Any], group: int, known: Mapping[int, floa
     values = tuple((name, v.dtype, v.device, known[id(v)]) for name, v in counts.items())
     key = (group, tuple(dtypes.items()), values, tuple(numbers))
     return key, (dtypes, counts, tuple(name for name, _ in numbers))
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory without gaps or overlaps, in whatever order."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _overlap(params: Sequence[Tensor], optimizer: Optimizer) -> bool:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compileclip.buckets import StaleError, chunks, sort
+from compileclip.buckets import StaleError, sort
 from compileclip.eager import is_torchs_own
 from compileclip.gather import Surroundings, Table
+from compileclip.lowering.norm import first_chunks
 
 
 @dataclass
@@ -47,7 +48,8 @@ class Plan:
             buckets = []  # the step of another class must not be split
         without = {p for p, _ in self.refused} if buckets else set(params)
         served = [p for p in params if p not in without]
-        self.sizes, self.first_chunk = chunks(served)
+        self.sizes = array("q", map(Tensor.numel, served))
+        self.first_chunk = first_chunks(self.sizes)
         self.grads = array("Q", bytes(8 * len(served)))
         self.dtypes = {p.grad.dtype for p in served if p.grad is not None}
         place = {p: i for i, p in enumerate(served)}

@@ -32,7 +32,7 @@ SERVED = {2.0: CODES.keys() - {torch.float64}, math.inf: CODES.keys()}
 _PLAIN = {Tensor, Parameter}
 _CPU = torch.device("cpu")
 _dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
-_is_dense = torch.ops.aten.is_non_overlapping_and_dense.default
+is_dense = torch.ops.aten.is_non_overlapping_and_dense.default
 
 
 _SOURCE = r"""
@@ -212,7 +212,7 @@ def total_norm(tensors: Sequence[Tensor], order: float) -> Tensor | None:
     if not served >= dtypes or not all(map(_is_cpu, tensors)) or not _runs_for_real():
         return None
     try:
-        if not all(map(Tensor.is_contiguous, tensors)) and not all(map(_is_dense, tensors)):
+        if not all(map(Tensor.is_contiguous, tensors)) and not all(map(is_dense, tensors)):
             return None
         pointers = array("Q", list(map(Tensor.data_ptr, tensors)))
     except RuntimeError:  # a sparse tensor, a wrapper of functorch's: there is no memory to read
