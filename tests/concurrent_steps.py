@@ -115,7 +115,7 @@ def together(*runs: Callable[[], Any]) -> None:
         raise errors[0]
 
 
-def steps_of(opt: Any, count: int = 30) -> Callable[[], None]:
+def steps_of(opt: Any, count: int = 15) -> Callable[[], None]:
     def run() -> None:
         torch.set_num_threads(2)  # what a new thread starts with differs from build to build
         for seed in range(count):
@@ -140,7 +140,7 @@ def explained_while_stepping() -> None:
 
     def stepping() -> None:
         try:
-            steps_of(opt, 100)()
+            steps_of(opt, 40)()
         finally:
             done.set()
 
@@ -152,7 +152,7 @@ def explained_while_stepping() -> None:
         assert any("multi_tensor" in text for text in texts)
 
     together(stepping, explaining)
-    steps_of(alone, 100)()
+    steps_of(alone, 40)()
     assert digest(opt) == digest(alone)
 
 

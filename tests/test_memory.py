@@ -18,7 +18,7 @@ CASE = "2000 small"  # what eager is measured on
     not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs"
 )
 def test_a_step_takes_a_mebibyte_and_64_bytes_per_tensor_at_most() -> None:
-    """Measured three times each, with new gradients every time.
+    """Measured twice each, with new gradients every time.
 
     Observed, in bytes, on a 2-core x86-64 machine, torch 2.13.0+cpu, each in a process of its own:
 
