@@ -164,5 +164,5 @@ def _hints(param: Tensor, state: dict[str, Any]) -> list[int]:
     """Where what is read of a parameter and its state lies."""
     tensors = [param, *(v for v in state.values() if isinstance(v, Tensor) and v.dim() > 0)]
     implementations = [t._cdata for t in tensors]
-    storages = [t.untyped_storage()._cdata for t in tensors]
+    storages = map(library().storage_of, implementations)
     return [id(state), *map(id, tensors), *implementations, *storages]

@@ -220,7 +220,12 @@ class Library:
         undefined = ctypes.c_int64.from_address(grad(bare._cdata) or 0).value
         self._held = array("q", [*self._addresses, undefined, offset])
         self.torch = address(self._held)
-        self._offset = offset
+        self._offset, self._storage_offset = offset, _offset_of_storage(bare)
+
+    def storage_of(self, implementation: int) -> int:
+        """Where the storage of a tensor lies, of which ``_cdata`` is given; it may be a guess."""
+        found: int = ctypes.c_int64.from_address(implementation + self._storage_offset).value
+        return found
 
     def kind(self, tensor: Tensor) -> list[int]:
         """dtype, layout, device type and device index, as torch numbers them."""
@@ -232,6 +237,13 @@ class Library:
                 raise UnsupportedError(f"torch {torch.__version__} does not tell a {name}")
             found.append(number.value)
         return found
+
+
+def _offset_of_storage(tensor: Tensor) -> int:
+    """Where in what a tensor holds its storage is."""
+    words = (ctypes.c_int64 * 8).from_address(tensor._cdata)
+    storage = tensor.untyped_storage()._cdata
+    return 8 * list(words).index(storage) if storage in words else 0
 
 
 def _entry(function: Any) -> int:

@@ -165,7 +165,8 @@ def initialize_state(optimizer: Optimizer, with_grad: bool = False, capturable: 
         kept, among = [p.grad for p in group["params"]], set(fresh)
         try:
             for p in group["params"]:
-                p.grad = torch.zeros_like(p) if p in among else None
+                usual = p.grad is not None and p.grad.layout == torch.strided
+                p.grad = None if p not in among else p.grad if usual else torch.zeros_like(p)
             with torch.no_grad():
                 function(optimizer, group, *([] for _ in range(lists)))
         finally:
