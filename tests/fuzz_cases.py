@@ -49,7 +49,7 @@ DTYPES = (*EXACT * 4, torch.bfloat16, torch.float16)
 shapes = st.lists(st.integers(0, 9), min_size=0, max_size=4).map(tuple) | st.sampled_from(
     [(16383,), (16384,), (16385,), (130, 127), (3, 16384), (2, 3, 4, 5), (8, 8)]
 )
-PARAM_LAYOUTS = ("plain", "plain", "transposed", "channels last", "misaligned", "halves")
+PARAM_LAYOUTS = ("plain", "plain", "transposed", "channels last", "misaligned", "strided")
 GRAD_LAYOUTS = (
     *("plain",) * 4,
     *("transposed", "strided", "misaligned", "expanded", "reversed", "shared", "none"),
@@ -115,10 +115,11 @@ def happen(event: str, which: int, opt: Optimizer, other: Optimizer, seed: int) 
         values = [random(shape, torch.float32, generator) for shape in ((9,), (3, 3))]
         opt.add_param_group({"params": [nn.Parameter(v) for v in values], "lr": 0.05})
     elif event == "replace state":
+        layout = PARAM_LAYOUTS[which % len(PARAM_LAYOUTS)]
         for name, value in opt.state.get(p, {}).items():
-            opt.state[p][name] = value.clone() if isinstance(value, Tensor) else value
+            opt.state[p][name] = laid_out(value, layout) if isinstance(value, Tensor) else value
     elif event == "move":
-        p.data = p.data.clone()
+        p.data = laid_out(p.data, PARAM_LAYOUTS[which % len(PARAM_LAYOUTS)])
 
 
 def give_gradients(opt: Optimizer, layouts: list[str], seed: int) -> None:
