@@ -133,7 +133,7 @@ def sort(
             continue
         members.setdefault(key, []).append(p)
         kinds[key] = kind
-    if _overlap([p for tensors in members.values() for p in tensors], optimizer):
+    if members and _overlap(params, optimizer):
         return [], [(p, "parameters or their state share memory") for p in params]
     for key, tensors in members.items():
         dtypes, counts, numbers = kinds[key]
@@ -191,12 +191,23 @@ def _kind(p: Tensor, state: dict[str, Any], group: int, known: Mapping[int, floa
 
 
 def _overlap(params: Sequence[Tensor], optimizer: Optimizer) -> bool:
-    """Whether two tensors that a step writes share memory."""
+    """Whether two tensors that a step writes, in a bucket or not, share memory."""
     states = (
         v
         for p in params
         for v in optimizer.state.get(p, {}).values()
         if isinstance(v, Tensor) and v.dim() > 0
     )
-    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in chain(params, states))
+    spans = sorted(filter(None, map(_span, chain(params, states))))
     return any(end > start for (_, end), (start, _) in pairwise(spans))
+
+
+def _span(tensor: Tensor) -> tuple[int, int] | None:
+    """From where to where a tensor's elements lie; None if it has no memory of its own."""
+    if tensor.layout != torch.strided or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return None
+    start, size = tensor.data_ptr(), tensor.element_size()
+    if tensor.is_contiguous() or not tensor.numel():
+        return start, start + tensor.numel() * size
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * size

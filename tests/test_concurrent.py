@@ -39,11 +39,8 @@ def test_forked_processes_step() -> None:
     )
 
 
-@pytest.mark.xfail(
-    reason="GNU OpenMP's threads are not in the child: it waits for them", strict=True
-)
 def test_a_child_of_a_process_with_threads_steps() -> None:
-    """With small tensors torch's own step does so, by "fork of torch"; with large ones it hangs."""
+    """With one thread; with large tensors torch's own step would hang."""
     run("fork", "fork, large")
 
 

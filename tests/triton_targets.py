@@ -17,7 +17,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from compileclip.lowering.triton import BLOCK, OPTIONS, block_list, load, source
+from compileclip.lowering.triton import AMD_OPTIONS, BLOCK, OPTIONS, block_list, load, source
 from compileclip.program import Program
 
 TARGETS = {
@@ -107,9 +107,8 @@ def compile_program(target: str, made: Program) -> Code:
 
 
 def options_for(target: str) -> dict[str, Any]:
-    """``OPTIONS`` without what is NVIDIA's alone."""
-    amd = target.startswith("gfx")
-    return {k: v for k, v in OPTIONS.items() if not (amd and k == "enable_reflect_ftz")}
+    """Those of a launch there."""
+    return AMD_OPTIONS if target.startswith("gfx") else OPTIONS
 
 
 class _Driver(offline_cuda._Driver):

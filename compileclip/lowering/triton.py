@@ -45,6 +45,8 @@ from compileclip.program import Program, dtype_of
 BLOCK = 1024  # elements per Triton program: 8 per thread, two 16-byte loads of float32 in flight
 # Contraction is written out where ATen has it, and libdevice keeps subnormals as nvcc's code does.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False, "enable_reflect_ftz": False}
+# AMD's warps are twice as wide, and its backend does not have the last option.
+AMD_OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
 
 
 _IMPORTS = (
@@ -98,7 +100,8 @@ class Kernel:
             return
         with torch.cuda.device_of(table):
             arguments = (table, sizes, blocks, sizes.shape[0], *values, *scalars)
-            self._step[(count,)](*arguments, BLOCK=BLOCK, **OPTIONS)
+            options = OPTIONS if torch.version.hip is None else AMD_OPTIONS
+            self._step[(count,)](*arguments, BLOCK=BLOCK, **options)
 
 
 def block_list(sizes: Sequence[int], block: int = BLOCK) -> Tensor:

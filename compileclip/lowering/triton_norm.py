@@ -29,7 +29,7 @@ from compileclip.lowering.triton import block_list, on_device
 
 CHUNK = 16384  # elements per program of the first launch
 _STEP = tl.constexpr(2048)  # of them at a time: 16 per thread, 64 bytes of float32 in flight
-_SHARES = tl.constexpr(8192)  # at a time in the second launch
+_SHARES = tl.constexpr(4096)  # at a time in the second launch; three sums of more would spill
 _FIRST = {"num_warps": 4, "enable_fp_fusion": False}
 _SECOND = {"num_warps": 16, "enable_fp_fusion": False}
 _TYPES = {
