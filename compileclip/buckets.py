@@ -57,6 +57,9 @@ class Bucket:
 
         Args:
             made: by name, what a shadow has as new state.
+
+        Raises:
+            RuntimeError: there is no memory for it; then nothing is allocated.
         """
         dtypes, counts, numbers = dict(self.dtypes), dict(self.counts), list(self.numbers)
         for name, value in made.items():
@@ -66,14 +69,22 @@ class Bucket:
                 counts[name] = value
             else:
                 numbers.append(name)
-            for p, state in zip(self.params, self.states, strict=True):
-                whole = name in dtypes
-                state[name] = torch.empty_like(p, dtype=value.dtype) if whole else copy(value)
+        new = [
+            {
+                name: torch.empty_like(p, dtype=value.dtype) if name in dtypes else copy(value)
+                for name, value in made.items()
+            }
+            for p in self.params
+        ]
+        for state, added in zip(self.states, new, strict=True):
+            state.update(added)
         return replace(self, dtypes=dtypes, counts=counts, numbers=tuple(numbers))
 
     def advance(self, state: dict[str, Any]) -> None:
         """Take over what a step left in the leader's ``state``: step counts and the like."""
         for name, buffer in self.counts.items():
+            if name in self._on_host:
+                self._on_host[name] = state[name]
             if buffer is not state[name]:
                 buffer.fill_(state[name].item())  # which is on the host
         for name in self.numbers:

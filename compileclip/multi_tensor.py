@@ -205,26 +205,41 @@ class MultiTensorStep:
         try:
             for work, before in zip(self._works, saved, strict=True):
                 launches.append(self._prepare(work, before, insert, norm))
+            self._extend()
         except BaseException:
             for work, before in zip(self._works, saved, strict=True):
                 restore(work.bucket.leader, before)
             raise
         # Last in the norm, first in the update: what was read last is still in the cache.
         read = {"max_norm": self._max_norm, "norm": norm}
-        for launch, uploaded in reversed(list(zip(launches, self._uploaded, strict=True))):
-            work, table = launch.work, uploaded
-            made = {k: v for k, v in work.shadow.state.items() if k not in work.bucket.known}
-            if made:
-                work.table = work.table.extended(work.bucket.extended(made))
-                table = self._target.upload(work.table.addresses)
-                self._plan = None  # there is more state now
-            self._target.launch(launch.kernel, table, work.extent, launch.scalars, read)
+        for launch, table in reversed(list(zip(launches, self._uploaded, strict=True))):
+            self._target.launch(launch.kernel, table, launch.work.extent, launch.scalars, read)
         if insert.write_grads:
             for each in copies:
                 each.grad.copy_(each.copy)
         for work in self._works:
             work.bucket.advance(work.shadow.state)
             self._optimizer.param_groups[work.bucket.group].update(work.shadow.changes)
+
+    def _extend(self) -> None:
+        """Allocate the state that this step makes, all of it or none."""
+        tables = [work.table for work in self._works]
+        news = [set(work.shadow.state) - work.bucket.known for work in self._works]
+        for i, (work, new) in enumerate(zip(self._works, news, strict=True)):
+            if not new:
+                continue
+            made = {k: v for k, v in work.shadow.state.items() if k in new}
+            self._plan = None  # there is more state now
+            try:
+                work.table = work.table.extended(work.bucket.extended(made))
+                self._uploaded[i] = self._target.upload(work.table.addresses)
+            except BaseException:
+                for other, table, names in zip(self._works, tables, news, strict=True):
+                    other.table = table
+                    for state in table.bucket.states:
+                        for name in names:
+                            state.pop(name, None)
+                raise
 
     def _prepare(
         self, work: Work, before: dict[str, Any], insert: InsertNormAndScale, norm: Tensor

@@ -107,9 +107,9 @@ def values(leader: Mapping[str, Any]) -> dict[str, Any]:
 
 def restore(leader: Mapping[str, Any], before: Mapping[str, Any]) -> None:
     """Write the values of ``before`` back to the tensors of ``leader``."""
-    for name, value in leader.items():
-        if isinstance(value, Tensor):
-            value.fill_(before[name])
+    for name, value in before.items():
+        if isinstance(leader[name], Tensor):
+            leader[name].fill_(value)
 
 
 def tensors(leader: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:

@@ -134,6 +134,30 @@ def test_a_step_that_nearly_cancels_a_parameter() -> None:
     assert twins.params()[0][0].abs() < 1e-7
 
 
+def test_no_memory_for_new_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then nothing has changed, and the next step makes it."""
+    params = params_like(SHAPES)
+    groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.2}]
+    opt = compileclip.wrap(Lion(groups), 1.0, mode="multi_tensor")
+    before = clone_params(params)
+    allocate = torch.empty_like
+
+    def fail(tensor: Tensor, **kwargs: Any) -> Tensor:
+        if tensor is params[3]:  # too large for the first check, which takes copies
+            raise torch.OutOfMemoryError("no memory")
+        return allocate(tensor, **kwargs)
+
+    set_grads(params, 0)
+    monkeypatch.setattr(torch, "empty_like", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        opt.step()
+    monkeypatch.undo()
+    assert_same(params, before, "parameter")
+    assert not any(opt.state.values())
+    opt.step()
+    assert all(state["steps"] == 1 for state in opt.state.values())
+
+
 def test_nothing_is_compiled_anew_because_a_hyperparameter_changed() -> None:
     twins = Twins(lambda params: RAdam(params, lr=0.1, foreach=False, weight_decay=0.1))
     schedulers = [lr_scheduler.OneCycleLR(opt, 0.1, total_steps=201) for opt in twins.both]
