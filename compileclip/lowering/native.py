@@ -20,8 +20,6 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import torch
-
 # No contraction: a product and a sum are fused where the source says fma, and nowhere else. The
 # other two let loops with square roots and comparisons be vectorized; values do not change.
 OPTIONS = (
@@ -30,26 +28,6 @@ OPTIONS = (
 )
 TIMEOUT = 120.0  # seconds
 DIGEST = 32  # bytes at the end of a library's file, which its loader does not read
-
-
-_forked = False
-
-
-def _note_fork() -> None:
-    global _forked
-    _forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)
-
-
-def threads() -> int:
-    """How many threads a kernel may use: torch's number, and one in a forked process.
-
-    A child does not have its parent's OpenMP threads, but GNU's OpenMP would wait for them.
-    """
-    return 1 if _forked else torch.get_num_threads()
 
 
 class CompilerError(RuntimeError):

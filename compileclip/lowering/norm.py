@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from compileclip.lowering import CHUNK, native
+from compileclip.lowering import CHUNK, threads
 
 # What the kernel calls the dtypes.
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -232,7 +232,7 @@ def total_norm(tensors: Sequence[Tensor], order: float) -> Tensor | None:
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     out = torch.empty((), dtype=dtype, device=_CPU)  # not on a default device
     kind = dtypes.pop() if len(dtypes) == 1 else array("b", [CODES[t.dtype] for t in tensors])
-    done = norm_into(out, pointers, sizes, None, kind, order, native.threads())
+    done = norm_into(out, pointers, sizes, None, kind, order, threads())
     return out if done else None
 
 
@@ -289,6 +289,8 @@ def first_chunks(sizes: array[int]) -> array[int]:
 def available() -> Callable[..., int] | None:
     """The kernel, compiled at the first call; ``None`` if that fails. It is tried once."""
     import ctypes
+
+    from compileclip.lowering import native
 
     code, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     of_type = ctypes.CFUNCTYPE(code, pointer, code, size, *[pointer] * 4, code, code, code)

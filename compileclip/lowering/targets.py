@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compileclip.fallback import warn_fallback
-from compileclip.lowering import UnsupportedError, cpp, native, norm
+from compileclip.lowering import UnsupportedError, cpp, norm, threads
 from compileclip.program import Program
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Cpu:
     ) -> None:
         """See ``Target``."""
         read = [values[name].data_ptr() for name in kernel.values]
-        kernel(table, *extent, scalars, read, native.threads())
+        kernel(table, *extent, scalars, read, threads())
 
     def total_norm(
         self, plan: Plan, tables: Sequence[Any], extents: Sequence[Any], norm_type: float
@@ -120,7 +120,7 @@ class Cpu:
         (dtype,) = plan.dtypes
         out = torch.empty((), dtype=torch.promote_types(dtype, torch.float32), device=self.device)
         extent = (plan.sizes, plan.first_chunk)
-        args = (plan.grads, *extent, dtype, norm_type, native.threads())
+        args = (plan.grads, *extent, dtype, norm_type, threads())
         return out if norm.norm_into(out, *args) else None
 
 
