@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from enum import Enum
 from functools import cache, partial
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class StandIn:
 # What cannot change under a step's hands: a shadow may share it with the real optimizer.
 _FIXED = (
     *(int, float, complex, str, bytes, type(None), type, Enum, torch.dtype, torch.device),
-    *(FunctionType, BuiltinFunctionType, MethodType),
+    *(FunctionType, BuiltinFunctionType),
 )
 
 
@@ -40,6 +40,8 @@ def why_not(optimizer: Optimizer) -> str | None:
     if is_torchs_own(optimizer):
         return None
     for name, value in vars(optimizer).items():
+        if name == "step":
+            continue  # its own, in the wrapper that a scheduler puts around it
         if name not in _usual() and not (_is_fixed(value) or _is_data(value)):
             return f"the optimizer keeps a {type(value).__name__} in its attribute {name!r}"
     other = next((key for key in optimizer.state if not isinstance(key, Tensor)), None)
@@ -145,7 +147,7 @@ class Shadow:
         attributes = vars(self.optimizer).items()
         return (
             {k: v for k, v in group.items() if k != "params" and not _is_fixed(v)},
-            {k: v for k, v in attributes if k not in _usual() and not _is_fixed(v)},
+            {k: v for k, v in attributes if k not in _usual() and _is_data(v)},
         )
 
 

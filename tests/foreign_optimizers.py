@@ -143,6 +143,23 @@ class Around(Foreign):
                 p.mul_(0.99)
 
 
+class AroundAMethod(Foreign):
+    """The same, by the other's method alone."""
+
+    def __init__(self, params: Any) -> None:
+        params = list(params)
+        super().__init__(params)
+        self.inner_step = SGD(params, lr=0.1).step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        self.inner_step()
+        return super().step()
+
+    def update(self, group: Any, state: Any, p: Tensor, grad: Tensor) -> None:
+        p.mul_(0.99)
+
+
 class GroupedAround(Foreign):
     """The same, with groups and state of its own."""
 

@@ -25,6 +25,7 @@ CASES = {
     foreign.Lottery: "draws random numbers",
     foreign.Dithered: "draws random numbers",
     foreign.Around: "keeps a SGD in its attribute 'inner'",
+    foreign.AroundAMethod: "keeps a method in its attribute 'inner_step'",
     foreign.GroupedAround: "keeps a SGD in its attribute 'inner'",
 }
 SHAPES = [(3, 4), (5,), (2, 3, 2)]
