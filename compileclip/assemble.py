@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from compileclip.capture import SCALAR, Call, Recording, functional
-from compileclip.passes.insert_norm_and_scale import InsertNormAndScale
+from compileclip.passes.insert_norm_and_scale import STEP_NORM, InsertNormAndScale
 from compileclip.program import Program
 from compileclip.shadow import NotPointwiseError
 
@@ -61,7 +61,7 @@ class _Build:
         values = [self._value(*pair) for pair in zip(VALUES, dtypes_of_values, strict=True)]
         self._scalars = iter([self._scalar(i) for i in range(len(recording.scalars))])
         self.env = {number: self.operands[name] for name, number in recording.before.items()}
-        self.call(torch.ops.compileclip.step_norm.default, *values)
+        self.call(STEP_NORM, *values)
 
     def add(self, call: Call) -> None:
         """Add the functional form of ``call``."""

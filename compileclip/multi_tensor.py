@@ -218,17 +218,17 @@ class MultiTensorStep:
             for each in copies:
                 each.grad.copy_(each.copy)
         for work in self._works:
-            work.bucket.advance(work.shadow.state)
-            self._optimizer.param_groups[work.bucket.group].update(work.shadow.changes)
+            work.bucket.advance(work.state)
+            self._optimizer.param_groups[work.bucket.group].update(work.changes)
 
     def _extend(self) -> None:
         """Allocate the state that this step makes, all of it or none."""
         tables = [work.table for work in self._works]
-        news = [set(work.shadow.state) - work.bucket.known for work in self._works]
+        news = [set(work.state) - work.bucket.known for work in self._works]
         for i, (work, new) in enumerate(zip(self._works, news, strict=True)):
             if not new:
                 continue
-            made = {k: v for k, v in work.shadow.state.items() if k in new}
+            made = {k: v for k, v in work.state.items() if k in new}
             self._plan = None  # there is more state now
             try:
                 work.table = work.table.extended(work.bucket.extended(made))
@@ -258,7 +258,7 @@ class MultiTensorStep:
         self, work: Work, recording: Recording, insert: InsertNormAndScale, dtype: torch.dtype
     ) -> Any:
         made = [k for k in recording.after if k not in work.bucket.dtypes]
-        dtypes = work.bucket.dtypes | {k: work.shadow.state[k].dtype for k in made}
+        dtypes = work.bucket.dtypes | {k: work.state[k].dtype for k in made}
         key = (tuple(recording.calls), tuple(recording.after.items()), tuple(dtypes.items()))
         if (key, insert, dtype) not in self._kernels:
             program = assemble(recording, dtypes, dtype, insert)

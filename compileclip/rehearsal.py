@@ -102,7 +102,7 @@ class Rehearsal:
         self._before["param"].grad = self._before["grad"]
         self._after = {name: props[number] for name, number in recording.after.items()}
         self._next = 0
-        self._scalars: list[float] = []
+        self._scalars: list[Any] = []
 
     def run(self, group: Mapping[str, Any], others: Mapping[str, Any]) -> list[float]:
         """The scalars of this step.
@@ -110,6 +110,10 @@ class Rehearsal:
         Raises:
             ChangedError: the step does something else, or something that props do not know.
         """
+        return [float(s) for s in self.trace(group, others)]
+
+    def trace(self, group: Mapping[str, Any], others: Mapping[str, Any]) -> list[Any]:
+        """As ``run``, with the scalars as the step gave them."""
         self._next, self._scalars = 0, []
         try:
             self._shadow.step(group, others, self._before)
@@ -123,6 +127,12 @@ class Rehearsal:
         ):
             raise ChangedError
         return self._scalars
+
+    def changes_nothing_but(self, others: Mapping[str, Any]) -> bool:
+        """Whether the last run left group and state as they were, but for ``others`` in place."""
+        state, known = self._shadow.state, {**self._before, **others}
+        same = all(state.get(name) is value for name, value in others.items())
+        return same and state.keys() <= known.keys() and not self._shadow.changes
 
     def call(self, name: str, /, *args: Any, **kwargs: Any) -> Prop:
         """Note the operation ``name``, which must be the next that is expected."""
@@ -138,7 +148,7 @@ class Rehearsal:
             if leaf is wanted:  # a prop
                 continue
             if wanted is SCALAR:
-                self._scalars.append(leaf if type(leaf) is float else float(leaf))
+                self._scalars.append(leaf)
             elif type(wanted) is not tuple or isinstance(leaf, Prop) or leaf != wanted[0]:
                 raise ChangedError
         self._next += 1

@@ -151,7 +151,9 @@ def initialize_state(optimizer: Optimizer, with_grad: bool = False, capturable: 
     if function is None:
         return made
     function = getattr(function, "_torchdynamo_orig_callable", function)
-    lists = len(inspect.signature(function).parameters) - 2
+    lists = list(inspect.signature(function).parameters.values())[2:]
+    if any(each.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD for each in lists):
+        return made  # it cannot be told what this one takes
     for group in optimizer.param_groups:
         fresh = [
             p
@@ -168,7 +170,7 @@ def initialize_state(optimizer: Optimizer, with_grad: bool = False, capturable: 
                 usual = p.grad is not None and p.grad.layout == torch.strided
                 p.grad = None if p not in among else p.grad if usual else torch.zeros_like(p)
             with torch.no_grad():
-                function(optimizer, group, *([] for _ in range(lists)))
+                function(optimizer, group, *([] for _ in lists))
         finally:
             for p, grad in zip(group["params"], kept, strict=True):
                 p.grad = grad

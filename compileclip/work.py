@@ -11,9 +11,14 @@ from torch.optim import Optimizer
 
 from compileclip.buckets import Bucket
 from compileclip.capture import ChangedError, Recording, record, replay
+from compileclip.eager import is_torchs_own
+from compileclip.formula import Formula
 from compileclip.gather import Table
 from compileclip.rehearsal import Rehearsal
 from compileclip.shadow import SHAPES, NotPointwiseError, Shadow
+
+# A step that decides otherwise every few steps would cost more than it saves.
+_FORMULAS = 8
 
 
 class Work:
@@ -23,16 +28,23 @@ class Work:
         table: the bucket's, and its addresses.
         extent: its sizes, as the target's launches take them.
         shadow: steps in the place of the bucket's parameters.
+        state: the leader's after the step whose scalars were last asked for.
+        changes: what that step changed in the parameter group.
         kernels: for what it has done so far.
     """
 
     def __init__(self, optimizer: Optimizer, table: Table, extent: Any) -> None:
         self.table, self.extent = table, extent
         self.shadow = Shadow(optimizer, table.bucket.dtypes)
+        self.state: dict[str, Any] = {}
+        self.changes: dict[str, Any] = {}
         self.kernels: dict[Any, Any] = {}
         self._optimizer = optimizer
         self._recordings: list[Recording] = []  # the latest last
-        self._rehearsal: Rehearsal | None = None  # of the latest, if that can be rehearsed
+        # Both are of the latest, if that can be had.
+        self._rehearsal: Rehearsal | None = None
+        self._formula: Formula | None = None
+        self._formulas_left = _FORMULAS if _is_closed(optimizer) else 0
 
     @property
     def bucket(self) -> Bucket:
@@ -54,6 +66,22 @@ class Work:
             NotPointwiseError: the step cannot become a program.
         """
         leader, group = self.bucket.leader, self._group
+        if self._formula is not None:
+            try:
+                scalars = self._formula.run(group, leader)
+                self.state, self.changes = leader, {}
+                return scalars
+            except ChangedError:
+                restore(leader, before)
+        scalars = self._rehearsed(group, leader, before)
+        self.state, self.changes = self.shadow.state, self.shadow.changes
+        self._formula = self._found(scalars, before)
+        return scalars
+
+    def _rehearsed(
+        self, group: dict[str, Any], leader: dict[str, Any], before: Mapping[str, Any]
+    ) -> list[float]:
+        """Those that the optimizer's own step finds."""
         if self._rehearsal is not None:
             try:
                 return self._rehearsal.run(group, leader)
@@ -68,6 +96,20 @@ class Work:
         self._remember(recording, before)
         self._rehearsal = self._rehearse(before)
         return recording.scalars
+
+    def _found(self, scalars: list[float], before: Mapping[str, Any]) -> Formula | None:
+        """The formula of the latest recording, if it finds ``scalars`` and the state after them."""
+        if self._rehearsal is None or not self._formulas_left:
+            return None
+        self._formulas_left -= 1
+        try:
+            others = tensors(self.bucket.leader, before)
+            formula = Formula(self._rehearsal, self._group, others)
+            same = formula.run(self._group, others) == scalars
+        except ChangedError:
+            return None
+        after = {name: self.state.get(name) for name in others}
+        return formula if same and values(others) == values(after) else None
 
     @property
     def _group(self) -> dict[str, Any]:
@@ -98,6 +140,11 @@ class Work:
             return None
         same = found == recording.scalars
         return Rehearsal(self.shadow, self.recording) if same else None
+
+
+def _is_closed(optimizer: Optimizer) -> bool:
+    """Whether its step is known to depend on its parameter group and state alone."""
+    return is_torchs_own(optimizer) and type(optimizer).__module__.startswith("torch.optim.")
 
 
 def values(leader: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,9 @@ from torch.fx import Graph, Node
 from compileclip import reference
 
 ATEN = torch.ops.aten
-OPS = torch.ops.compileclip
+# Looked up once: two threads that look an overload up for the first time get one each.
+STEP_NORM = torch.ops.compileclip.step_norm.default
+TOTAL_NORM = torch.ops.compileclip.total_norm.default
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class InsertNormAndScale:
         max_norm, given = cast(tuple[Node, Node | None], marker.args)
         readers = {g: list(g.users) for g in gradients}
         with graph.inserting_before(marker):
-            norm = given or _call(graph, OPS.total_norm.default, list(gradients), self.norm_type)
+            norm = given or _call(graph, TOTAL_NORM, list(gradients), self.norm_type)
             if self.clip:
                 coef = _clip_coef(graph, max_norm, norm)
                 if self.skip:
@@ -125,7 +127,7 @@ def _call(graph: Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -
 
 def _marker(graph: Graph) -> Node:
     # Dynamo captures the overload packet, a traced function its default overload.
-    targets = (OPS.step_norm, OPS.step_norm.default)
+    targets = (torch.ops.compileclip.step_norm, STEP_NORM)
     found: list[Node] = [node for node in graph.nodes if node.target in targets]
     if len(found) != 1:
         raise ValueError(
