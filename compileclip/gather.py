@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from compileclip.buckets import Bucket, StaleError
-from compileclip.lowering import UnsupportedError
+from compileclip.lowering import UnsupportedError, threads
 from compileclip.native_torch import address, library
 
 
@@ -101,6 +101,7 @@ class Table:
         self._numbers = (
             array("q", [names.index(k) if k in names else -1 for k in kept]),
             array("q", chain.from_iterable((p.dim(), *p.shape, *p.stride()) for p in params)),
+            array("q", accumulate((1 + 2 * p.dim() for p in params), initial=0)),
             array("i", library().kind(grad)),
         )
         self._hints = array("Q", chain.from_iterable(map(_hints, params, bucket.states)))
@@ -117,7 +118,7 @@ class Table:
             StaleError: parameters, gradients or state are not what they were.
         """
         native = library()
-        status = native.gather(native.torch, address(self._native))
+        status = native.gather(native.torch, address(self._native), threads())
         if status == 2:
             raise StaleError
         return bool(status == 0)
@@ -151,12 +152,13 @@ class Table:
 
     def _struct(self) -> array[int]:
         params, states, keys, kept = (address(o.addresses) for o in self._objects)
-        rows, shapes, kind = map(address, self._numbers)
+        rows, shapes, starts, kind = map(address, self._numbers)
         counted = (len(self.bucket.params), len(self._objects[2].objects))
         where = (address(self.places), address(self._grads))
         table = (address(self.addresses), self._grad_row)
         hints = (len(self._hints) // len(self.bucket.params), address(self._hints))
-        parts = (params, states, keys, kept, rows, *table, shapes, kind, *where, *hints)
+        layouts = (shapes, starts, kind)
+        parts = (params, states, keys, kept, rows, *table, *layouts, *where, *hints)
         return array("q", [*counted, *parts])
 
 

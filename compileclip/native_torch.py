@@ -59,7 +59,8 @@ struct Bucket {
   const int64_t* rows;  // of the names' tensors in the table; -1 for what is no operand
   uint64_t* table;
   int64_t grad_row;
-  const int64_t* shapes;  // for each parameter: dim, sizes, strides
+  const int64_t* shapes;  // dim, sizes and strides of one parameter after the other
+  const int64_t* starts;  // of each parameter in "shapes"
   const int32_t* kind;    // of gradients: dtype, layout, device_type, device_index
   const int64_t* places;  // of the gradients in "grads"
   uint64_t* grads;
@@ -72,16 +73,17 @@ enum Status { SAME, LAYOUT, STALE };
 // What a step touches is spread over memory and no longer in the cache when it begins. So it is
 // fetched some parameters ahead; addresses that are no longer right cost nothing but that.
 constexpr int64_t AHEAD = 8;
+constexpr int64_t BLOCK = 128;  // parameters that a thread takes at a time
 
 static void prefetch(const void* object) {
   for (int at = 0; at < 256; at += 64) __builtin_prefetch((const char*)object + at);
 }
 
-static void prefetch(const Torch& torch, const Bucket& bucket, int64_t now) {
+static void prefetch(const Torch& torch, const Bucket& bucket, int64_t now, int64_t end) {
   const int64_t far = now + 2 * AHEAD, near = now + AHEAD, count = bucket.hints_each;
-  if (far < bucket.n)
+  if (far < end)
     for (int64_t k = 0; k < count; ++k) prefetch(bucket.hints[far * count + k]);
-  if (near < bucket.n) prefetch(*torch.grad_of(bucket.params[near]));
+  if (near < end) prefetch(*torch.grad_of(bucket.params[near]));
 }
 
 // Whether a tensor has the shape, and where it differs in nothing but its strides, LAYOUT.
@@ -113,36 +115,60 @@ static bool has_elements(const int64_t* shape) {
   return true;
 }
 
-static int gather(const Torch& torch, const Bucket& bucket) {
+// Look up parameter i, its gradient and its state, as it was kept.
+static Status gather(const Torch& torch, const Bucket& bucket, int64_t i) {
+  const int64_t n = bucket.n, *shape = bucket.shapes + bucket.starts[i];
+  uint64_t address;
+  const Tensor param = torch.tensor(bucket.params[i]);
+  if (torch.data_ptr(param, &address) || address != bucket.table[i]) return STALE;
+  if (compare(torch, param, shape) != SAME) return STALE;
+  const Tensor grad = torch.grad(*param);
+  if (*grad == torch.undefined || !is_kind(torch, grad, bucket.kind)) return STALE;
+  const Status layout = compare(torch, grad, shape);
+  if (layout == STALE || torch.data_ptr(grad, &address)) return STALE;
+  if (!address && has_elements(shape)) return STALE;
+  bucket.table[bucket.grad_row * n + i] = bucket.grads[bucket.places[i]] = address;
+  for (int64_t k = 0; k < bucket.names; ++k) {
+    if (bucket.rows[k] < 0) continue;
+    if (torch.data_ptr(torch.tensor(bucket.kept[k * n + i]), &address)) return STALE;
+    if (address != bucket.table[bucket.rows[k] * n + i]) return STALE;
+  }
+  return layout;
+}
+
+// Whether the state of parameter i holds the objects that were kept.
+static bool is_kept(const Torch& torch, const Bucket& bucket, int64_t i) {
+  for (int64_t k = 0; k < bucket.names; ++k)
+    if (torch.get_item(bucket.states[i], bucket.keys[k]) != bucket.kept[k * bucket.n + i])
+      return false;
+  return true;
+}
+
+static int gather(const Torch& torch, const Bucket& bucket, int64_t first, int64_t end) {
   int status = SAME;
-  const int64_t n = bucket.n;
-  const int64_t* shape = bucket.shapes;
-  for (int64_t i = 0; i < n; ++i, shape += 1 + 2 * shape[0]) {
-    prefetch(torch, bucket, i);
-    uint64_t address;
-    const Tensor param = torch.tensor(bucket.params[i]);
-    if (torch.data_ptr(param, &address) || address != bucket.table[i]) return STALE;
-    if (compare(torch, param, shape) != SAME) return STALE;
-    const Tensor grad = torch.grad(*param);
-    if (*grad == torch.undefined || !is_kind(torch, grad, bucket.kind)) return STALE;
-    const Status layout = compare(torch, grad, shape);
-    if (layout == STALE || torch.data_ptr(grad, &address)) return STALE;
-    if (layout == LAYOUT) status = LAYOUT;
-    if (!address && has_elements(shape)) return STALE;
-    bucket.table[bucket.grad_row * n + i] = bucket.grads[bucket.places[i]] = address;
-    for (int64_t k = 0; k < bucket.names; ++k) {
-      const Object value = torch.get_item(bucket.states[i], bucket.keys[k]);
-      if (value != bucket.kept[k * n + i]) return STALE;
-      if (bucket.rows[k] < 0) continue;
-      if (torch.data_ptr(torch.tensor(value), &address)) return STALE;
-      if (address != bucket.table[bucket.rows[k] * n + i]) return STALE;
-    }
+  for (int64_t i = first; i < end; ++i) {
+    prefetch(torch, bucket, i, end);
+    const Status found = gather(torch, bucket, i);
+    if (found == STALE) return STALE;
+    status |= found;
   }
   return status;
 }
 
-extern "C" int compileclip_gather(const Torch* torch, const Bucket* bucket) {
-  return gather(*torch, *bucket);
+extern "C" int compileclip_gather(const Torch* torch, const Bucket* bucket, int threads) {
+  const int64_t n = bucket->n, blocks = (n + BLOCK - 1) / BLOCK;
+  int status = SAME;
+#pragma omp parallel num_threads(threads) if (threads > 1 && blocks > 1) reduction(| : status)
+  {
+// Python is for the thread that called, which holds its lock.
+#pragma omp master
+    for (int64_t i = 0; i < n && status != STALE; ++i)
+      if (!is_kept(*torch, *bucket, i)) status = STALE;
+#pragma omp for schedule(dynamic)
+    for (int64_t k = 0; k < blocks; ++k)
+      status |= gather(*torch, *bucket, k * BLOCK, k * BLOCK + BLOCK < n ? k * BLOCK + BLOCK : n);
+  }
+  return status & STALE ? STALE : status;
 }
 
 struct Objects {
@@ -201,7 +227,7 @@ class Library:
     def __init__(self) -> None:
         library, pointer = native.load(_SOURCE), ctypes.c_void_p
         status, held = ctypes.c_int, ctypes.PYFUNCTYPE  # which keeps Python from other threads
-        self.gather = held(status, pointer, pointer)(("compileclip_gather", library))
+        self.gather = held(status, pointer, pointer, status)(("compileclip_gather", library))
         same = held(status, pointer, pointer, ctypes.py_object, ctypes.py_object)
         self.same = same(("compileclip_same", library))
         folder = Path(torch.__file__).parent / "lib"
