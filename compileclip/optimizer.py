@@ -7,7 +7,7 @@ optimizer's own update. The mode (``eager.py``) decides how the coefficient reac
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from compileclip import eager
+from compileclip.delegate import Delegate
 from compileclip.modes import Modes
 from compileclip.settings import ClipSettings
 from compileclip.traced import StandIn, stand_in, traced_step
@@ -69,7 +70,7 @@ def wrap(
     return ClippedOptimizer(optimizer, settings)
 
 
-class ClippedOptimizer(Optimizer):
+class ClippedOptimizer(Delegate):
     """An optimizer whose ``step`` clips by total norm; made by ``compileclip.wrap``.
 
     ``param_groups``, ``state``, ``defaults`` and ``state_dict()`` are the wrapped optimizer's own,
@@ -81,7 +82,6 @@ class ClippedOptimizer(Optimizer):
         optimizer: the wrapped optimizer.
     """
 
-    optimizer: Optimizer
     _stand_in: StandIn
     _settings: ClipSettings
     _modes: Modes
@@ -198,51 +198,10 @@ class ClippedOptimizer(Optimizer):
 
         return explain(self.optimizer, self._settings, self._modes)
 
-    # What belongs to the wrapped optimizer.
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's parameter groups."""
-        return self.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = value
-
-    @property
-    def state(self) -> Any:
-        """The wrapped optimizer's state, by parameter."""
-        return self.optimizer.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.optimizer.state = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The wrapped optimizer's default hyperparameters."""
-        return self.optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.optimizer.defaults = value
-
     @property
     def _step_supports_amp_scaling(self) -> bool:
         # Asked by GradScaler: True leaves unscaling to the step, and spares a pass.
         return self.mode != "inductor" and eager.takes_grad_scale(self.optimizer)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's ``state_dict()``; clipping has no state of its own."""
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a checkpoint of the optimizer, whether it was wrapped or not."""
-        self.optimizer.load_state_dict(state_dict)  # type: ignore[arg-type]
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group to the wrapped optimizer; the next norm takes it in."""
-        self.optimizer.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the wrapped optimizer does."""
@@ -253,11 +212,6 @@ class ClippedOptimizer(Optimizer):
                     p.grad = None
         else:
             self.optimizer.zero_grad(set_to_none)
-
-    def __getattr__(self, name: str) -> Any:
-        if "optimizer" not in self.__dict__:  # while it is being unpickled
-            raise AttributeError(name)
-        return getattr(self.optimizer, name)
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{k}={v!r}" for k, v in asdict(self._settings).items())
@@ -271,15 +225,11 @@ class ClippedOptimizer(Optimizer):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.optimizer = state["optimizer"]
+        self._delegate_to(state["optimizer"])
         self._settings = state["settings"]
         self._modes = Modes(self.optimizer)
         self._stand_in = stand_in(self.optimizer)
         self.total_norm = state["total_norm"]
-        for name, value in vars(self.optimizer).items():
-            if name.startswith("_optimizer_") and name.endswith("_hooks"):
-                self.__dict__[name] = value
-        self._patch_step_function()
 
 
 # A scheduler replaces an optimizer's step by one that sets _opt_called, and that Dynamo does not
