@@ -167,4 +167,5 @@ def _hints(param: Tensor, state: dict[str, Any]) -> list[int]:
     tensors = [param, *(v for v in state.values() if isinstance(v, Tensor) and v.dim() > 0)]
     implementations = [t._cdata for t in tensors]
     storages = map(library().storage_of, implementations)
-    return [id(state), *map(id, tensors), *implementations, *storages]
+    slot = library().grad_of(param._cdata) - 64
+    return [id(state), *map(id, tensors), *implementations, *storages, slot]

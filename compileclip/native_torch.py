@@ -48,9 +48,11 @@ struct Torch {
   int32_t (*next)(Object dict, int64_t* position, Object* key, Object* value);
   void* undefined;  // what the tensor holds that stands for none
   int64_t offset;   // of the tensor in its Python object
+  int64_t storage;  // where in what a tensor holds its storage is; it may be a guess
 
   Tensor tensor(Object object) const { return (Tensor)((char*)object + offset); }
   Tensor grad_of(Object object) const { return grad(*tensor(object)); }
+  void* storage_of(void* held) const { return *(void**)((char*)held + storage); }
 };
 
 struct Bucket {
@@ -72,7 +74,7 @@ enum Status { SAME, LAYOUT, STALE };
 
 // What a step touches is spread over memory and no longer in the cache when it begins. So it is
 // fetched some parameters ahead; addresses that are no longer right cost nothing but that.
-constexpr int64_t AHEAD = 8;
+constexpr int64_t AHEAD = 4;
 constexpr int64_t BLOCK = 128;  // parameters that a thread takes at a time
 
 static void prefetch(const void* object) {
@@ -80,10 +82,11 @@ static void prefetch(const void* object) {
 }
 
 static void prefetch(const Torch& torch, const Bucket& bucket, int64_t now, int64_t end) {
-  const int64_t far = now + 2 * AHEAD, near = now + AHEAD, count = bucket.hints_each;
-  if (far < end)
-    for (int64_t k = 0; k < count; ++k) prefetch(bucket.hints[far * count + k]);
-  if (near < end) prefetch(*torch.grad_of(bucket.params[near]));
+  const int64_t count = bucket.hints_each;
+  if (now + 3 * AHEAD < end)
+    for (int64_t k = 0; k < count; ++k) prefetch(bucket.hints[(now + 3 * AHEAD) * count + k]);
+  if (now + 2 * AHEAD < end) prefetch(*torch.grad_of(bucket.params[now + 2 * AHEAD]));
+  if (now + AHEAD < end) prefetch(torch.storage_of(*torch.grad_of(bucket.params[now + AHEAD])));
 }
 
 // Whether a tensor has the shape, and where it differs in nothing but its strides, LAYOUT.
@@ -244,14 +247,19 @@ class Library:
         grad = ctypes.CFUNCTYPE(pointer, pointer)(_entry(getattr(c10, _GRAD)))
         bare = torch.empty(0, device="cpu")
         undefined = ctypes.c_int64.from_address(grad(bare._cdata) or 0).value
-        self._held = array("q", [*self._addresses, undefined, offset])
-        self.torch = address(self._held)
         self._offset, self._storage_offset = offset, _offset_of_storage(bare)
+        self._grad = grad
+        self._held = array("q", [*self._addresses, undefined, offset, self._storage_offset])
+        self.torch = address(self._held)
 
     def storage_of(self, implementation: int) -> int:
         """Where the storage of a tensor lies, of which ``_cdata`` is given; it may be a guess."""
         found: int = ctypes.c_int64.from_address(implementation + self._storage_offset).value
         return found
+
+    def grad_of(self, implementation: int) -> int:
+        """Where a tensor, of which ``_cdata`` is given, keeps its gradient."""
+        return self._grad(implementation) or 0
 
     def kind(self, tensor: Tensor) -> list[int]:
         """dtype, layout, device type and device index, as torch numbers them."""
