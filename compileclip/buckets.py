@@ -38,6 +38,7 @@ class Bucket:
         counts: the 0-dim tensors of the state, per name all parameters' in one buffer, on a CPU or
             on the parameters' device.
         numbers: the names of the state that is numbers.
+        values: of ``counts`` and ``numbers``, those of each parameter.
     """
 
     group: int
@@ -51,6 +52,9 @@ class Bucket:
         self.sizes = array("q", map(Tensor.numel, self.params))
         self._on_host: dict[str, Tensor] = {}
         self._share_counts()
+        self.values: dict[str, Any] = {
+            k: v.item() if isinstance(v, Tensor) else v for k, v in self.leader.items()
+        }
 
     def extended(self, made: Mapping[str, Any]) -> Bucket:
         """This bucket with state that a step has made, allocated for each parameter.
@@ -81,13 +85,21 @@ class Bucket:
         return replace(self, dtypes=dtypes, counts=counts, numbers=tuple(numbers))
 
     def advance(self, state: dict[str, Any]) -> None:
-        """Take over what a step left in the leader's ``state``: step counts and the like."""
+        """Take over what a step leaves as the leader's ``state``: step counts and the like.
+
+        Args:
+            state: numbers, and 0-dim tensors on a CPU or their values.
+        """
         for name, buffer in self.counts.items():
+            found = state[name]
+            value = found.item() if isinstance(found, Tensor) else found  # it is on the host
+            self.values[name] = value
             if name in self._on_host:
-                self._on_host[name] = state[name]
-            if buffer is not state[name]:
-                buffer.fill_(state[name].item())  # which is on the host
+                self._on_host[name].fill_(value)
+            if buffer is not found:
+                buffer.fill_(value)
         for name in self.numbers:
+            self.values[name] = state[name]
             for other in self.states:
                 other[name] = state[name]
         self._versions = [(buffer, buffer._version) for buffer in self.counts.values()]

@@ -7,8 +7,9 @@ to come out as it did.
 
 from __future__ import annotations
 
+import ctypes
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -39,21 +40,24 @@ class Formula:
         Args:
             rehearsal: of the step.
             group: the parameter group.
-            others: the state that is no operand; it is left as it is.
+            others: the state that is no operand.
         """
         self._kinds = {name: _kind(value) for name, value in group.items() if name != "params"}
-        tracer = _Tracer(group, {name: _copied(value) for name, value in others.items()})
-        found = rehearsal.trace(tracer.group, tracer.others)
-        if not rehearsal.changes_nothing_but(tracer.others):
+        tracer = _Tracer(group, others)
+        found = rehearsal.trace(tracer.group, tracer.counts)
+        if not rehearsal.changes_nothing_but(tracer.counts):
             raise ChangedError
+        self._names = list(others)
         self._compute, self._decisions = tracer.finish(found)
 
-    def run(self, group: Mapping[str, Any], others: Mapping[str, Any]) -> list[float]:
-        """The scalars of this step.
+    def run(
+        self, group: Mapping[str, Any], others: Mapping[str, Any]
+    ) -> tuple[list[float], dict[str, float]]:
+        """The scalars of this step, and what ``others`` are after it.
 
         Args:
             group: the parameter group.
-            others: the state that is no operand; its 0-dim tensors are advanced.
+            others: the values of the state that is no operand.
 
         Raises:
             ChangedError: the step is another.
@@ -65,12 +69,12 @@ class Formula:
             if not (type(value) is kind or value is kind or _kind(value) == kind):
                 raise ChangedError
         try:
-            scalars, decisions = self._compute(group, others)
+            scalars, decisions, counts = self._compute(group, others)
         except Exception as error:  # of arithmetic, which the step itself will raise, or not
             raise ChangedError from error
         if decisions != self._decisions:
             raise ChangedError
-        return [float(s) for s in scalars]
+        return [float(s) for s in scalars], dict(zip(self._names, counts, strict=True))
 
 
 def _kind(value: Any) -> Any:
@@ -84,33 +88,49 @@ def _kind(value: Any) -> Any:
     raise ChangedError
 
 
-def _copied(value: Any) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise ChangedError
-    return value.clone()
-
-
 class _Count(Proxy):
-    """A 0-dim tensor, which advances in place."""
+    """A 0-dim tensor on a CPU, as its value: it is computed with as the tensor would be."""
 
     # What torch's optimizers ask by isinstance.
     __class__ = property(lambda self: Tensor)
 
-    def __iadd__(self, other: Any) -> Proxy:
-        return self._in_place("add_", other)
+    def __init__(self, value: Proxy, tensor: Tensor) -> None:
+        if tensor.dtype not in _ROUND:
+            raise ChangedError
+        super().__init__(value.node, value.tracer)
+        self._value, self._round = value, _ROUND[tensor.dtype]
 
-    def __imul__(self, other: Any) -> Proxy:
-        return self._in_place("mul_", other)
+    def __iadd__(self, other: Any) -> _Count:
+        return self._set(self._value + self._rounded(other))
 
-    def _in_place(self, name: str, other: Any) -> Proxy:
-        self.tracer.create_proxy("call_method", name, (self, other), {})
-        return self
+    def __imul__(self, other: Any) -> _Count:
+        return self._set(self._value * self._rounded(other))
 
     def item(self) -> Proxy:
-        return self.tracer.create_proxy("call_method", "item", (self,), {})
+        return self._value
+
+    def _set(self, value: Proxy) -> _Count:
+        # In double precision and then rounded, a sum or product of two floats is the float one:
+        # S. A. Figueroa, When is double rounding innocuous?, SIGNUM Newsletter 30 (1995).
+        self._value = self._rounded(value)
+        self.node = self._value.node
+        return self
+
+    def _rounded(self, value: Any) -> Any:
+        return self.tracer.create_proxy("call_function", self._round, (value,), {})
 
     def __getattr__(self, name: str) -> Any:
         raise ChangedError  # what else a tensor does is not seen
+
+
+def _float32(value: float) -> float:
+    return ctypes.c_float(value).value
+
+
+_ROUND: dict[torch.dtype, Callable[[float], float]] = {
+    torch.float32: _float32,
+    torch.float64: float,
+}
 
 
 class _Tracer(fx.proxy.TracerBase):
@@ -119,10 +139,13 @@ class _Tracer(fx.proxy.TracerBase):
     def __init__(self, group: Mapping[str, Any], others: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.graph = Graph()
-        whole = [self._given(name, value) for name, value in (("group", group), ("others", others))]
+        if not all(isinstance(value, Tensor) for value in others.values()):
+            raise ChangedError
+        counts = {name: value.item() for name, value in others.items()}
+        whole = [self._given(name, value) for name, value in (("group", group), ("counts", counts))]
         self._decisions: list[tuple[Node, bool]] = []
         self.group = {name: self._part(whole[0], name, value) for name, value in group.items()}
-        self.others = {name: _Count(self._item(whole[1], name).node, self) for name in others}
+        self.counts = {k: _Count(self._item(whole[1], k), v) for k, v in others.items()}
 
     def _given(self, name: str, value: Any) -> Proxy:
         node = self.graph.placeholder(name)
@@ -146,12 +169,12 @@ class _Tracer(fx.proxy.TracerBase):
         """A proxy for a node whose value is computed at once."""
         if any(isinstance(a, StandIn) for a in args):
             return NotImplemented  # an operator, which the tensor's stand-in knows
+        if kind != "call_function":
+            raise ChangedError
         nodes: Any = self.create_arg((args, kwargs))
-        node = self.graph.create_node(kind, target, *nodes)
+        node = self.graph.call_function(target, *nodes)
         values, named = fx.map_arg(nodes, lambda n: n.meta["value"])
-        function = getattr(values[0], target) if kind == "call_method" else target
-        given = values[1:] if kind == "call_method" else values
-        node.meta["value"] = function(*given, **named)
+        node.meta["value"] = target(*values, **named)
         return Proxy(node, self)
 
     def to_bool(self, obj: Proxy) -> bool:
@@ -163,9 +186,10 @@ class _Tracer(fx.proxy.TracerBase):
 
     def finish(self, scalars: list[Any]) -> tuple[Any, tuple[bool, ...]]:
         """The function of a group and counts, and what it has to decide."""
-        nodes = tuple(node for node, _ in self._decisions)
-        self.graph.output((self.create_arg(tuple(scalars)), nodes))
-        self.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output", "call_method"))
+        decisions = tuple(node for node, _ in self._decisions)
+        counts = tuple(count.item().node for count in self.counts.values())
+        self.graph.output((self.create_arg(tuple(scalars)), decisions, counts))
+        self.graph.eliminate_dead_code()
         self.graph.lint()
         module = GraphModule(torch.nn.Module(), self.graph)
         return module.forward, tuple(found for _, found in self._decisions)

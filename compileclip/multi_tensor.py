@@ -28,7 +28,7 @@ from compileclip.self_check import check
 from compileclip.settings import ClipSettings
 from compileclip.shadow import NotPointwiseError
 from compileclip.traced import CannotCompileError
-from compileclip.work import Work, restore, tensors, values
+from compileclip.work import Work, restore, tensors
 
 OTHER_MODES = 'take mode="inductor" or mode="eager"'
 
@@ -200,7 +200,7 @@ class MultiTensorStep:
             self.refusal = CannotCompileError(str(reason), OTHER_MODES)
 
     def _step(self, insert: InsertNormAndScale, copies: Sequence[Copied], norm: Tensor) -> None:
-        saved = [values(work.bucket.leader) for work in self._works]
+        saved = [dict(work.bucket.values) for work in self._works]
         launches = []
         try:
             for work, before in zip(self._works, saved, strict=True):

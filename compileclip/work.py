@@ -57,10 +57,10 @@ class Work:
         return self._recordings[-1]
 
     def scalars(self, before: Mapping[str, Any]) -> list[float]:
-        """Those of this step, in the quickest way; the leader has stepped then.
+        """Those of this step, in the quickest way; what the leader's tensors are then is open.
 
         Args:
-            before: ``values`` of the leader.
+            before: the bucket's ``values``.
 
         Raises:
             NotPointwiseError: the step cannot become a program.
@@ -68,11 +68,11 @@ class Work:
         leader, group = self.bucket.leader, self._group
         if self._formula is not None:
             try:
-                scalars = self._formula.run(group, leader)
-                self.state, self.changes = leader, {}
+                scalars, self.state = self._formula.run(group, before)
+                self.changes = {}
                 return scalars
             except ChangedError:
-                restore(leader, before)
+                pass
         scalars = self._rehearsed(group, leader, before)
         self.state, self.changes = self.shadow.state, self.shadow.changes
         self._formula = self._found(scalars, before)
@@ -105,11 +105,11 @@ class Work:
         try:
             others = tensors(self.bucket.leader, before)
             formula = Formula(self._rehearsal, self._group, others)
-            same = formula.run(self._group, others) == scalars
+            found = formula.run(self._group, before)
         except ChangedError:
             return None
-        after = {name: self.state.get(name) for name in others}
-        return formula if same and values(others) == values(after) else None
+        after = {name: self.state[name].item() for name in others}
+        return formula if found == (scalars, after) else None
 
     @property
     def _group(self) -> dict[str, Any]:
@@ -145,11 +145,6 @@ class Work:
 def _is_closed(optimizer: Optimizer) -> bool:
     """Whether its step is known to depend on its parameter group and state alone."""
     return is_torchs_own(optimizer) and type(optimizer).__module__.startswith("torch.optim.")
-
-
-def values(leader: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a leader's 0-dim tensors the values; what else it has as it is."""
-    return {k: v.item() if isinstance(v, Tensor) else v for k, v in leader.items()}
 
 
 def restore(leader: Mapping[str, Any], before: Mapping[str, Any]) -> None:

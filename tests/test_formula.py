@@ -29,7 +29,7 @@ from torch.optim import (
 import compileclip
 from compileclip.capture import ChangedError
 from compileclip.formula import Formula
-from compileclip.work import tensors, values
+from compileclip.work import tensors
 
 SHAPES = [(3, 4), (5,), (700,)]
 MAKERS: dict[str, Callable[[Any], Optimizer]] = {
@@ -86,10 +86,11 @@ def test_scalars_and_counts_are_those_of_the_step(make: Callable[[Any], Optimize
     for i in range(20):
         (group,) = opt.param_groups
         cycle(group, i)
-        before = values(work.bucket.leader)
-        ours, theirs = (tensors(work.bucket.leader, before) for _ in range(2))
-        assert formula.run(group, ours) == work._rehearsal.run(group, theirs)
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        before = dict(work.bucket.values)
+        theirs = tensors(work.bucket.leader, before)
+        scalars, after = formula.run(group, before)
+        assert scalars == work._rehearsal.run(group, theirs)
+        assert after == {name: count.item() for name, count in theirs.items()}
         step(opt, i)
     assert formulas(opt) == [formula]
 
@@ -170,7 +171,7 @@ def test_another_kind_of_value_is_another_step(name: str, value: object) -> None
     (formula,), (work,) = formulas(opt), works(opt)
     assert formula is not None
     group = opt.param_groups[0]
-    counts = tensors(work.bucket.leader, values(work.bucket.leader))
+    counts = work.bucket.values
     formula.run(group, counts)
     with pytest.raises(ChangedError):
         formula.run({**group, name: value}, counts)
