@@ -118,6 +118,6 @@ def _state_bytes(param: Tensor, state: dict[str, Any]) -> int:
     """Bytes of state per element of ``param``, counting what has its shape."""
     return sum(
         v.element_size()
-        for v in state.values()
+        for v in list(state.values())  # a step in another thread may make more
         if isinstance(v, Tensor) and v.shape == param.shape and v.dim() > 0
     )
