@@ -34,17 +34,23 @@ class Delegate(Optimizer):
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """As torch's, which runs hooks and tells a profiler, where there is any of these."""
+        """As torch's, which runs hooks and tells a profiler, where there is any of these.
+
+        Elsewhere, and outside of ``torch.compile``, the step is ``_eager_step``.
+        """
         with_hooks = Optimizer.profile_hook_step(func)
 
         @functools.wraps(func)
         def step(self: Delegate, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling() or self._has_hooks():
                 return with_hooks(self, *args, **kwargs)
-            with _record(f"Optimizer.step#{type(self).__name__}.step"):
-                return func(self, *args, **kwargs)
+            with _record("Optimizer.step#ClippedOptimizer.step"):
+                return self._eager_step(*args, **kwargs)
 
         return step
+
+    def _eager_step(self, closure: Callable[[], Any] | None = None) -> Any:
+        raise NotImplementedError
 
     def _has_hooks(self) -> bool:
         return bool(

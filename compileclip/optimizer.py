@@ -112,15 +112,20 @@ class ClippedOptimizer(Delegate):
             return self._untraced_step(closure)
         return self._eager_step(closure)
 
-    @torch.no_grad()
-    def _eager_step(self, closure: Callable[[], Any] | None) -> Any:
+    def _eager_step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """The step outside of ``torch.compile``."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         # A GradScaler leaves these on an optimizer that unscales by itself.
         scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
-        self._modes.step(self._settings, scale, found_inf, self._report)
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # which no_grad comes to, by way of two objects
+        try:
+            self._modes.step(self._settings, scale, found_inf, self._report)
+        finally:
+            torch._C._set_grad_enabled(before)
         # A scheduler made before wrapping watches the wrapped optimizer's step through this.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         return loss
