@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,8 @@ class Method:
     """How to measure.
 
     Attributes:
-        repetitions: timed steps per row.
+        repetitions: timed steps per row, at least.
+        seconds: more steps are timed until all rows together took so long.
         warmup: steps before them, besides the two of the check.
         cold: whether caches are flushed before each step; else new gradients were just written.
         compile_tensors: rows compiled tensor by tensor run up to so many.
@@ -36,6 +38,7 @@ class Method:
     """
 
     repetitions: int = 30
+    seconds: float = 3.0
     warmup: int = 5
     cold: bool = False
     compile_tensors: int = 200
@@ -155,15 +158,15 @@ def _time(
 ) -> None:
     device = next(iter(runs.values())).work.params[0].device
     clock = Clock(device, method.cold)
-    rounds = iter(range(1, method.warmup + method.repetitions + 1))
-    total = method.warmup + method.repetitions
-    on_progress(f"round 0 of {total}")
+    rounds = itertools.count(1)
+    on_progress("round 1")
     times, errors = interleave(
         runs,
         clock,
         method.repetitions,
         method.warmup,
-        lambda: on_progress(f"round {next(rounds)} of {total}"),
+        method.seconds,
+        lambda: on_progress(f"round {next(rounds)}"),
     )
     for found in result.rows:
         if found.name in errors:

@@ -17,7 +17,13 @@ from bench.rows import Row
 def add_method(parser: argparse.ArgumentParser) -> None:
     """How to measure."""
     add, defaults = parser.add_argument, Method()
-    add("--repetitions", type=integer(1), default=defaults.repetitions, help="timed steps per row")
+    add(
+        "--repetitions",
+        type=integer(1),
+        default=defaults.repetitions,
+        help="timed steps per row, at least",
+    )
+    add("--seconds", type=positive, default=defaults.seconds, help="time more until they took this")
     add("--warmup", type=integer(0), default=defaults.warmup, help="steps before them")
     add("--minutes", type=positive, default=math.inf, help="begin no case later than that")
     add("--cold", action="store_true", help="flush the caches before each step")
@@ -59,6 +65,7 @@ def method_of(args: argparse.Namespace) -> Method:
     """The method that ``add_method``'s options ask for."""
     return Method(
         repetitions=args.repetitions,
+        seconds=args.seconds,
         warmup=args.warmup,
         cold=args.cold,
         compile_tensors=args.compile_tensors,

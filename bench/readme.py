@@ -128,7 +128,7 @@ RENDER: dict[str, Callable[[Report], str]] = {"step": step, "train": train, "sca
 
 def _about(report: Report, what: str) -> str:
     repetitions = report.method.get("repetitions")
-    times = f"; medians of {repetitions}, in turns" if repetitions else ""
+    times = f"; medians of at least {repetitions}, in turns" if repetitions else ""
     return f"{headline(report.environment)}{times}; {what}:"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from bench.runs import Run
 
+MOST = 5  # times the repetitions that were asked for
 FLUSH_BYTES = {"cpu": 512 * 2**20, "cuda": 256 * 2**20}  # several times a last-level cache
 
 
@@ -88,6 +90,7 @@ def interleave(
     clock: Clock,
     repetitions: int,
     warmup: int,
+    seconds: float = 0.0,
     on_round: Callable[[], object] = lambda: None,
 ) -> tuple[dict[str, Times], dict[str, Exception]]:
     """Time the runs in rounds of one step each, in an order that is drawn anew for each round.
@@ -95,8 +98,10 @@ def interleave(
     Args:
         runs: by name; a run that fails is left out from there on.
         clock: takes the times.
-        repetitions: how many rounds are timed.
+        repetitions: how many rounds are timed at least.
         warmup: how many come before.
+        seconds: up to ``MOST`` times as many are timed until they took so long: other programs
+            disturb short steps for longer than thirty of them take.
         on_round: called after each.
 
     Returns:
@@ -105,7 +110,12 @@ def interleave(
     times = {name: Times() for name in runs}
     errors: dict[str, Exception] = {}
     drawn = random.Random(0)
-    for turn in range(warmup + repetitions):
+    end = math.inf
+    for turn in range(warmup + MOST * repetitions):
+        if turn == warmup:
+            end = time.perf_counter() + seconds
+        if turn >= warmup + repetitions and time.perf_counter() > end:
+            break
         order = [name for name in runs if name not in errors]
         drawn.shuffle(order)
         for name in order:

@@ -19,12 +19,12 @@ from bench.measure import Method
 from bench.results import CaseResult, RowResult, read
 from bench.rows import BASELINE, LIMIT, OURS, Row
 from bench.runs import ClipAndStep, Run
-from bench.timing import Clock, interleave, summarize
+from bench.timing import MOST, Clock, interleave, summarize
 from bench.workload import Workload
 from compileclip.lowering import native
 
 SHAPES = ((8, 4), (3,), (70, 130))
-QUICK = Method(repetitions=2, warmup=1, compile_tensors=0, first_steps=False)
+QUICK = Method(repetitions=2, seconds=0.0, warmup=1, compile_tensors=0, first_steps=False)
 
 
 def case(
@@ -96,7 +96,7 @@ def test_float32_state_of_bfloat16() -> None:
 
 
 def _compiled(name: str) -> None:
-    method = Method(repetitions=2, warmup=1, compile_tensors=1, first_steps=False)
+    method = Method(repetitions=2, seconds=0.0, warmup=1, compile_tensors=1, first_steps=False)
     found = run(case(shapes=((16, 8),)), row(name), row(BASELINE), method=method)
     assert found[name].status == "ok", found[name].reason
     assert found[name].ratio > 0
@@ -281,6 +281,8 @@ def test_runs_take_turns() -> None:
     assert len({tuple(r) for r in rounds}) > 1
     assert [len(t.device) for t in times.values()] == [6, 6, 6]
     assert not errors
+    times, _ = interleave(runs, Clock(torch.device("cpu"), cold=False), 6, 2, seconds=60.0)
+    assert [len(t.host) for t in times.values()] == [MOST * 6] * 3
 
 
 def test_median_and_quartiles() -> None:
