@@ -1,4 +1,8 @@
-"""An optimizer that has another one's groups, state and hooks."""
+"""An optimizer that has another one's groups, state and hooks.
+
+Private parts of torch used here, read in torch 2.13: ``_RecordFunctionFast``,
+``_profiler_enabled`` and the dictionaries of hooks.
+"""
 
 from __future__ import annotations
 
