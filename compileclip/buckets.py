@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
@@ -38,7 +38,9 @@ class Bucket:
         counts: the 0-dim tensors of the state, per name all parameters' in one buffer, on a CPU or
             on the parameters' device.
         numbers: the names of the state that is numbers.
-        values: of ``counts`` and ``numbers``, those of each parameter.
+        stays: whether the counts are operands, on the parameters' device; no host knows them then.
+        values: of what a host knows of ``counts`` and ``numbers``, those of each parameter.
+        seen: of counts that stay, what they were when this step began, each 0-dim.
     """
 
     group: int
@@ -47,10 +49,12 @@ class Bucket:
     dtypes: dict[str, torch.dtype]
     counts: dict[str, Tensor] = field(default_factory=dict)
     numbers: tuple[str, ...] = ()
+    stays: bool = False
 
     def __post_init__(self) -> None:
         self.sizes = array("q", map(Tensor.numel, self.params))
         self._on_host: dict[str, Tensor] = {}
+        self.seen: dict[str, Tensor] = {}
         self._share_counts()
         self.values: dict[str, Any] = {
             k: v.item() if isinstance(v, Tensor) else v for k, v in self.leader.items()
@@ -91,6 +95,8 @@ class Bucket:
             state: numbers, and 0-dim tensors on a CPU or their values.
         """
         for name, buffer in self.counts.items():
+            if name in self.seen:
+                continue  # a kernel has stored it
             found = state[name]
             value = found.item() if isinstance(found, Tensor) else found  # it is on the host
             self.values[name] = value
@@ -117,27 +123,41 @@ class Bucket:
     def leader(self) -> dict[str, Any]:
         """What a shadow needs of the state besides operands."""
         first = self.states[0]
-        others = {name: first[name] for name in (*self.counts, *self.numbers)}
-        return others | self._on_host
+        names = [name for name in (*self.counts, *self.numbers) if name not in self.seen]
+        return {name: first[name] for name in names} | self._on_host
+
+    def look(self) -> None:
+        """Take what counts that stay are now as ``seen``; nothing waits."""
+        for name, seen in self.seen.items():
+            seen.copy_(self.counts[name].view(-1)[0])
 
     def _share_counts(self) -> None:
         """Make the 0-dim tensors of each name views of one buffer, which one call fills."""
         for name in self.counts:
-            first = self.states[0][name]
-            buffer = first if len(self.states) == 1 else first.new_full((len(self.states),), first)
-            if len(self.states) > 1:
-                for state, view in zip(self.states, buffer.unbind(), strict=True):
+            first, count = self.states[0][name], len(self.states)
+            place = self.params[0].device if self.stays else first.device
+            buffer = (first if count == 1 else first.expand(count).clone()).to(place)
+            if buffer is not first:
+                views = [buffer] if count == 1 else buffer.unbind()
+                for state, view in zip(self.states, views, strict=True):
                     state[name] = view
             self.counts[name] = buffer
-            if buffer.device.type != "cpu":
+            if self.stays:
+                self.seen[name] = torch.empty_like(buffer.view(-1)[0])
+            elif buffer.device.type != "cpu":
                 self._on_host[name] = first.cpu()
         self._versions = [(buffer, buffer._version) for buffer in self.counts.values()]
 
 
 def sort(
-    optimizer: Optimizer, params: Sequence[Tensor]
+    optimizer: Optimizer, params: Sequence[Tensor], stays: Collection[int] = ()
 ) -> tuple[list[Bucket], list[tuple[Tensor, str]]]:
     """Sort ``params``, which have gradients, into buckets.
+
+    Args:
+        optimizer: whose parameters they are.
+        params: the parameters.
+        stays: the parameter groups whose step counts are to stay on the device.
 
     Returns:
         The buckets, and each parameter that is in none with the reason.
@@ -161,7 +181,8 @@ def sort(
     for key, tensors in members.items():
         dtypes, counts, numbers = kinds[key]
         states = [optimizer.state[p] for p in tensors]
-        found.append(Bucket(key[0], tensors, states, dtypes, dict(counts), numbers))
+        on_device = key[0] in stays
+        found.append(Bucket(key[0], tensors, states, dtypes, dict(counts), numbers, on_device))
     return found, refused
 
 

@@ -7,6 +7,9 @@ them are this step's scalars. A step that does the same again costs only the rec
 a replay runs no operation, so hyperparameters may change at every step and Python takes whatever
 branch it takes.
 
+Where step counts are to stay on a device, they are operands too, 0-dim ones: the step runs with
+``capturable=True`` on fake tensors, which have no values that Python could ask for.
+
 Refused are operations that are not pointwise, for a shadow's sum is not its parameter's, and steps
 that differ between shadows of different shapes.
 """
@@ -20,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from compileclip.shadow import NotPointwiseError, Shadow
 
@@ -69,6 +72,7 @@ class Recording:
         before: the number of each operand that there was before the step.
         after: the number of the tensor that each operand is after the step, new state included.
         scalars: the floats of this step.
+        counts: of the operands before the step, the dtypes of those that are 0-dim.
         tensors: per call, the shadow's own tensors: its leaves (None where no operand) and result.
     """
 
@@ -76,6 +80,7 @@ class Recording:
     before: dict[str, int] = field(default_factory=dict)
     after: dict[str, int] = field(default_factory=dict)
     scalars: list[float] = field(default_factory=list)
+    counts: dict[str, torch.dtype] = field(default_factory=dict)
     tensors: list[tuple[tuple[Tensor | None, ...], Tensor]] = field(default_factory=list)
 
 
@@ -85,8 +90,8 @@ def record(shadow: Shadow, group: Mapping[str, Any], others: Mapping[str, Any]) 
     Raises:
         NotPointwiseError: the step does something that is no pointwise operation.
     """
-    recorder = _Recorder(shadow.tensors)
-    with recorder:
+    recorder = _Recorder(shadow.operands)
+    with shadow.values(), recorder:
         shadow.step(group, others)
     return recorder.finish(shadow)
 
@@ -100,7 +105,7 @@ def replay(
         ChangedError: the step does not do what was recorded.
     """
     mode = _Replay(recording)
-    with mode:
+    with shadow.values(), mode:
         shadow.step(group, others)
     return mode.finish()
 
@@ -113,20 +118,28 @@ class _Recorder(TorchDispatchMode):
         self._numbers: dict[int, int] = {}
         for name, tensor in tensors.items():
             self.recording.before[name] = self._number(tensor)
+            if tensor.dim() == 0:
+                self.recording.counts[name] = tensor.dtype
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise NotPointwiseError(f"{func} draws random numbers")
+        if func is ATEN.scalar_tensor.default:
+            return _with_value(args[0], kwargs)
         leaves = list(_leaves(args, kwargs or {}))
         mine = [isinstance(a, Tensor) and _storage(a) in self._numbers for a in leaves]
         out = func(*args, **(kwargs or {}))
         if not any(mine) and not (isinstance(out, Tensor) and out.shape == self._shape):
             return out  # on the host: step counts and what is computed of them
+        if func is torch.ops.prim.device.default:
+            return out  # which a fake tensor is asked for
         if func not in POINTWISE and torch.Tag.pointwise not in functional(func).tags:
             raise NotPointwiseError(f"{func} is not pointwise")
-        if not isinstance(out, Tensor) or out.shape != self._shape:
+        counts_alone = all(a.dim() == 0 for a, m in zip(leaves, mine, strict=True) if m)
+        shapes = (self._shape, ()) if counts_alone else (self._shape,)
+        if not isinstance(out, Tensor) or out.shape not in shapes:
             raise NotPointwiseError(f"{func} changes the shape")
         found = [self._leaf(func, a, m) for a, m in zip(leaves, mine, strict=True)]
         tensors = tuple(a if m else None for a, m in zip(leaves, mine, strict=True))
@@ -138,7 +151,7 @@ class _Recorder(TorchDispatchMode):
 
     def _leaf(self, func: OpOverload, leaf: Any, mine: bool) -> Any:
         if mine:
-            if leaf.shape != self._shape:
+            if leaf.shape not in (self._shape, ()):
                 raise NotPointwiseError(f"{func} takes a part of a tensor")
             return self._number(leaf)
         if func in CONSTANTS or not _is_number(leaf):
@@ -154,8 +167,9 @@ class _Recorder(TorchDispatchMode):
     def finish(self, shadow: Shadow) -> Recording:
         self.recording.after = dict(self.recording.before)
         for name, value in shadow.state.items():
-            if isinstance(value, Tensor) and value.dim() > 0:
-                if _storage(value) not in self._numbers or value.shape != self._shape:
+            if isinstance(value, Tensor) and (value.dim() > 0 or shadow.on_device):
+                shape = () if name in self.recording.counts else self._shape
+                if _storage(value) not in self._numbers or value.shape != shape:
                     raise NotPointwiseError(f"the state {name!r} is not computed from operands")
                 self.recording.after[name] = self._number(value)
         return self.recording
@@ -180,6 +194,8 @@ class _Replay(TorchDispatchMode):
             if func is call.func and self._matches(call, tensors, args, kwargs):
                 self._next += 1
                 return out
+        if func is ATEN.scalar_tensor.default:
+            return _with_value(args[0], kwargs)
         leaves = [a for a in _leaves(args, kwargs or {}) if isinstance(a, Tensor)]
         if any(a.dim() > 0 for a in leaves):
             raise ChangedError
@@ -249,5 +265,17 @@ def _is_number(leaf: object) -> bool:
     return isinstance(leaf, int | float) and not isinstance(leaf, bool)
 
 
+def _with_value(number: float, kwargs: Mapping[str, Any] | None) -> Tensor:
+    """What torch makes of a number beside tensors, where these are fake too."""
+    dtype = (kwargs or {}).get("dtype")
+    with _disable_current_modes():
+        return torch.scalar_tensor(number, dtype=dtype, device="cpu")
+
+
 def _number_of(leaf: Any) -> float:
-    return float(leaf.item() if isinstance(leaf, Tensor) else leaf)
+    if not isinstance(leaf, Tensor):
+        return float(leaf)
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return float(leaf.item())
+    with _disable_current_modes():  # one for fake tensors would not tell of others either
+        return float(leaf.item())

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,21 +30,39 @@ COPY_BYTES = 64 << 20
 
 
 @dataclass
-class Gradients:
-    """The gradients of one step, and what a ``GradScaler`` says of them.
+class Scaler:
+    """What a ``GradScaler`` says of a step.
 
     ``grad_scale`` is the factor by which the loss, and so the gradients, are still multiplied;
     ``found_inf`` is not 0 where the step must not count. Both are 0-dim float32 tensors or None.
     """
 
-    params: list[Tensor]
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
-    def total_norm(self, norm_type: float) -> Tensor:
-        """The norm of the gradients with ``grad_scale`` taken out, before clipping."""
-        norm = get_total_norm([p.grad for p in self.params if p.grad is not None], norm_type)
+    def on(self, device: torch.device) -> dict[str, Tensor]:
+        """What there is of it, by name, on ``device``."""
+        return {
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+
+    def unscaled(self, norm: Tensor) -> Tensor:
+        """The norm of the gradients with ``grad_scale`` taken out."""
         return norm if self.grad_scale is None else norm / self.grad_scale.to(norm.device)
+
+
+@dataclass
+class Gradients(Scaler):
+    """The gradients of one step: those of ``params``."""
+
+    params: list[Tensor] = field(default_factory=list)
+
+    def total_norm(self, norm_type: float) -> Tensor:
+        """Their norm with ``grad_scale`` taken out, before clipping."""
+        grads = [p.grad for p in self.params if p.grad is not None]
+        return self.unscaled(get_total_norm(grads, norm_type))
 
 
 def params_with_grad(optimizer: Optimizer) -> list[Tensor]:
@@ -81,7 +99,8 @@ def update(optimizer: Optimizer, settings: ClipSettings, grads: Gradients, norm:
     amp = None if grads.grad_scale is None else grads.grad_scale.to(norm.device)
     divide = settings.write_grads is not False and _takes_this_scale(optimizer, grads, norm)
     divisor = _quotient(amp, coef) if divide else None
-    with _attributes(optimizer, grad_scale=divisor, found_inf=grads.found_inf):
+    found_inf = grads.found_inf if takes_grad_scale(optimizer) else None  # others: decided above
+    with _attributes(optimizer, grad_scale=divisor, found_inf=found_inf):
         factor = None if divide else _quotient(coef, amp)
         if factor is not None and settings.write_grads is False:
             _step_on_copies(optimizer, grads.params, factor)
@@ -102,24 +121,36 @@ def is_torchs_own(optimizer: Optimizer) -> bool:
 
 
 def may_step(optimizer: Optimizer, settings: ClipSettings, grads: Gradients, norm: Tensor) -> bool:
-    """Decide what a non-finite norm means; on the device where the optimizer can.
+    """Decide whether the step counts; on the device where the optimizer can.
 
-    Elsewhere "skip" waits for the norm: an optimizer that counts its steps on the host cannot be
+    Elsewhere this waits for the device: an optimizer that counts its steps on the host cannot be
     told by the device that one does not count.
     """
-    if settings.nonfinite == "propagate":
+    skips = takes_grad_scale(optimizer)  # where found_inf is set
+    if settings.nonfinite == "propagate" and (grads.found_inf is None or skips):
         return True
     if settings.nonfinite == "skip" and _skips_on_device(optimizer, grads, norm):
         nonfinite = (~norm.isfinite()).to(torch.float32)
         found = grads.found_inf
         grads.found_inf = nonfinite if found is None else found.to(norm.device) + nonfinite
         return True
-    if norm.isfinite():
-        return True
+    return (skips and bool(norm.isfinite())) or counts(settings, grads.found_inf, norm)
+
+
+def counts(settings: ClipSettings, found_inf: Tensor | None, norm: Tensor) -> bool:
+    """Whether a step counts, decided on the host.
+
+    Raises:
+        RuntimeError: the norm is not finite and ``nonfinite="raise"``.
+    """
     # An overflow that the GradScaler has seen is its business: it skips the step, no error.
-    if settings.nonfinite == "raise" and (grads.found_inf is None or not grads.found_inf.item()):
+    if found_inf is not None and found_inf.item():
+        return False
+    if settings.nonfinite == "propagate" or norm.isfinite():
+        return True
+    if settings.nonfinite == "raise":
         raise RuntimeError(nonfinite_message(settings.norm_type, norm))
-    return settings.nonfinite == "raise"
+    return False
 
 
 def _skips_on_device(optimizer: Optimizer, grads: Gradients, norm: Tensor) -> bool:

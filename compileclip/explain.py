@@ -73,10 +73,10 @@ def explain(optimizer: Optimizer, settings: ClipSettings, modes: Modes) -> str:
         lines.append(f"why eager: {why}")
     if settings.nonfinite == "raise":
         lines.append('nonfinite="raise": each step waits for the norm')
-    elif settings.nonfinite == "skip" and not eager.takes_grad_scale(optimizer):
+    elif settings.nonfinite == "skip" and modes.wait_for_the_norm:
         lines.append(
             'nonfinite="skip": each step waits for the norm; an optimizer made with fused=True '
-            "(Adam, AdamW, SGD, Adagrad) decides it on the device"
+            "(Adam, AdamW, SGD, Adagrad) or capturable=True decides it on the device"
         )
     return "\n".join(lines)
 

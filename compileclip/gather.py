@@ -69,6 +69,7 @@ class Table:
     Attributes:
         bucket: whose.
         addresses: 64-bit, a row for each of ``bucket.dtypes``, in each one per parameter.
+        grads: where in ``addresses`` those of the gradients are.
 
     Raises:
         UnsupportedError: this version of torch cannot be asked for addresses without Python.
@@ -84,7 +85,8 @@ class Table:
         """
         self.bucket, self.places, self._grads = bucket, array("q", places), grads
         names = list(bucket.dtypes)
-        self._grad_row = names.index("grad")
+        self._grad_row, n = names.index("grad"), len(bucket.params)
+        self.grads = slice(self._grad_row * n, (self._grad_row + 1) * n)
         params: list[Tensor] = bucket.params
         kept = [name for name in (*names, *bucket.counts) if name not in ("param", "grad")]
         columns = [[state[name] for state in bucket.states] for name in kept]
@@ -135,7 +137,7 @@ class Table:
 
     def set_grad(self, index: int, address: int) -> None:
         """Let ``address`` be that of a parameter's gradient."""
-        self.addresses[self._grad_row * len(self.bucket.params) + index] = address
+        self.addresses[self.grads.start + index] = address
         self._grads[self.places[index]] = address
 
     def extended(self, bucket: Bucket) -> Table:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from compileclip import eager
-from compileclip.eager import Gradients
+from compileclip.eager import Gradients, Scaler
 from compileclip.fallback import warn_fallback
 from compileclip.settings import ClipSettings
 from compileclip.traced import can_undo
@@ -42,32 +41,31 @@ class Modes:
     def step(
         self,
         settings: ClipSettings,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
+        scaler: Scaler,
         report: Callable[[Tensor], None],
     ) -> None:
         """Take the norm, clip and update.
 
         Args:
             settings: how.
-            grad_scale: as in ``Gradients``.
-            found_inf: as in ``Gradients``.
+            scaler: what a ``GradScaler`` says of the step.
             report: is told the total norm, as soon as that is known.
 
         Raises:
             RuntimeError: ``nonfinite="raise"`` and the norm is not finite, or a gradient lies on
                 another device than its parameter; nothing was changed.
         """
-        bare = grad_scale is None and found_inf is None
-        kernels = bare and settings.mode in ("auto", "multi_tensor") and not _disabled()
-        if kernels and self._again(settings, report):
+        kernels = settings.mode in ("auto", "multi_tensor") and not _disabled()
+        if kernels and self._again(settings, scaler, report):
             return
-        grads = Gradients(eager.params_with_grad(self._optimizer), grad_scale, found_inf)
-        if grads.params and bare and not _disabled():
-            if settings.mode == "inductor" and self._inductor(settings, grads, report):
-                return
-            if kernels:
-                self._multi_tensor(settings, grads, report)
+        params = eager.params_with_grad(self._optimizer)
+        grads = Gradients(scaler.grad_scale, scaler.found_inf, params)
+        if params and kernels:
+            self._multi_tensor(settings, grads, report)
+            return
+        if params and settings.mode == "inductor" and not _disabled():
+            bare = scaler.grad_scale is None and scaler.found_inf is None
+            if bare and self._inductor(settings, grads, report):
                 return
         norm = grads.total_norm(settings.norm_type)
         report(norm)
@@ -84,6 +82,13 @@ class Modes:
             return "multi_tensor" if param.device.type == "cpu" else "eager"
         return "multi_tensor" if self.kernels.serves_one(param) else "eager"
 
+    @property
+    def wait_for_the_norm(self) -> bool:
+        """Whether the host decides that a step does not count, as far as is known."""
+        if self.kernels is not None and self.kernels.why_not is None:
+            return not self.kernels.decides
+        return not eager.takes_grad_scale(self._optimizer)
+
     def why_eager(self, settings: ClipSettings) -> str | None:
         """Why not all parameters are stepped with in a faster mode, or None."""
         if settings.mode == "eager":
@@ -93,12 +98,14 @@ class Modes:
         step = self.compiled if settings.mode == "inductor" else self.kernels
         return None if step is None or step.why_not is None else step.why_not[0]
 
-    def _again(self, settings: ClipSettings, report: Callable[[Tensor], None]) -> bool:
+    def _again(
+        self, settings: ClipSettings, scaler: Scaler, report: Callable[[Tensor], None]
+    ) -> bool:
         """Step as in the last step; False if anything but numbers has changed since."""
-        copies = None if self.kernels is None else self.kernels.gather(settings)
+        copies = None if self.kernels is None else self.kernels.gather(settings, scaler)
         if copies is None:
             return False
-        self._run(settings, copies, report)
+        self._run(settings, copies, scaler, report)
         return True
 
     def _multi_tensor(
@@ -110,9 +117,9 @@ class Modes:
             self.kernels = MultiTensorStep(self._optimizer)
         if settings.write_grads is True:
             eager.make_writable(grads.params)
-        copies = self.kernels.plan(settings, grads.params)
+        copies = self.kernels.plan(settings, grads.params, grads)
         if copies is not None:
-            self._run(settings, copies, report)
+            self._run(settings, copies, grads, report)
             return
         self._warn(settings)
         norm = grads.total_norm(settings.norm_type)
@@ -120,35 +127,34 @@ class Modes:
         eager.update(self._optimizer, settings, grads, norm)
 
     def _run(
-        self, settings: ClipSettings, copies: Sequence[Copied], report: Callable[[Tensor], None]
+        self,
+        settings: ClipSettings,
+        copies: Sequence[Copied],
+        scaler: Scaler,
+        report: Callable[[Tensor], None],
     ) -> None:
         assert self.kernels is not None
-        norm = self.kernels.total_norm(copies, settings.norm_type)
+        norm = scaler.unscaled(self.kernels.total_norm(copies, settings.norm_type))
         report(norm)
-        if settings.nonfinite != "propagate":
-            grads = Gradients([])
-            if not eager.may_step(self._optimizer, settings, grads, norm):
-                return
-            settings = replace(settings, nonfinite="propagate")  # decided
-        left = self.kernels.run(settings, copies, norm)
+        left = self.kernels.run(settings, copies, norm, scaler)
         if left:
             self._warn(settings)
-            self._eager(settings, left, norm)
+            self._eager(settings, Gradients(scaler.grad_scale, scaler.found_inf, left), norm)
 
     def _warn(self, settings: ClipSettings) -> None:
         assert self.kernels is not None
         if settings.mode == "multi_tensor" and self.kernels.why_not is not None:
             warn_fallback('mode="multi_tensor"', *self.kernels.why_not)
 
-    def _eager(self, settings: ClipSettings, params: Sequence[Tensor], norm: Tensor) -> None:
-        """Step in eager mode with ``params`` alone."""
-        among = set(params)
+    def _eager(self, settings: ClipSettings, grads: Gradients, norm: Tensor) -> None:
+        """Step in eager mode with the parameters of ``grads`` alone."""
+        among = set(grads.params)
         with_grad = eager.params_with_grad(self._optimizer)
         stepped = [(p, p.grad) for p in with_grad if p not in among]
         try:
             for p, _ in stepped:
                 p.grad = None
-            eager.update(self._optimizer, settings, Gradients(list(params)), norm)
+            eager.update(self._optimizer, settings, grads, norm)
         finally:
             for p, grad in stepped:
                 p.grad = grad

@@ -8,61 +8,54 @@ hyperparameter changed; a step that does other operations (RAdam's sixth) is ano
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compileclip import shadow, traced
-from compileclip.assemble import assemble
+from compileclip import eager, shadow, traced
+from compileclip.assemble import Kind
 from compileclip.buckets import StaleError
-from compileclip.capture import Recording
+from compileclip.eager import Scaler
 from compileclip.functional import get_total_norm
+from compileclip.kernels import Kernels
 from compileclip.lowering import UnsupportedError, targets
 from compileclip.lowering.native import CompilerError
 from compileclip.passes.insert_norm_and_scale import InsertNormAndScale
-from compileclip.plan import Copied, Plan
-from compileclip.self_check import check
+from compileclip.plan import Copied, Plan, staying
 from compileclip.settings import ClipSettings
 from compileclip.shadow import NotPointwiseError
 from compileclip.traced import CannotCompileError
-from compileclip.work import Work, restore, tensors
+from compileclip.work import Work, restore
 
 OTHER_MODES = 'take mode="inductor" or mode="eager"'
-
-
-@dataclass
-class _Launch:
-    """A kernel and its scalars in this step."""
-
-    work: Work
-    kernel: Any
-    scalars: list[float]
 
 
 class MultiTensorStep:
     """The kernels of one optimizer.
 
     Attributes:
-        compilations: how many programs were compiled.
         refusal: why no parameter is served (any more), or None.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.compilations = 0
         self.refusal: CannotCompileError | None = None
         self._optimizer = optimizer
-        self._kernels: dict[Any, Any] = {}
         self._target: targets.Target = targets.Cpu()
+        self._kernels = Kernels(optimizer, self._target)
         self._plan: Plan | None = None
         self._works: list[Work] = []
-        self._uploaded: list[Any] = []  # the tables of this step
+        self._for_decisions = False  # whether the plan lets the device decide
         self._max_norm = torch.zeros((), dtype=torch.float64, device="cpu")
         self._filled: float | None = None  # what is in it
         self._insert: InsertNormAndScale | None = None
         self._for_now: str | None = None  # why the last step was not served, though others may be
+
+    @property
+    def compilations(self) -> int:
+        """How many programs were compiled."""
+        return self._kernels.compilations
 
     @property
     def refused(self) -> list[tuple[Tensor, str]]:
@@ -85,9 +78,18 @@ class MultiTensorStep:
             return f"of {len(self.refused)} parameters: {self.refused[0][1]}", OTHER_MODES
         return None
 
-    def gather(self, settings: ClipSettings) -> list[Copied] | None:
+    @property
+    def decides(self) -> bool:
+        """Whether kernels find out by themselves that a step does not count; as of the last."""
+        return not self._target.waits and all(work.decides for work in self._works)
+
+    def gather(self, settings: ClipSettings, scaler: Scaler) -> list[Copied] | None:
         """Look up the tensors of this step; None unless they are what they were in the last."""
-        copies = None if self._target.is_capturing() else self._gather()
+        if self._target.is_capturing() and self._why_not_captured(settings) is not None:
+            return None
+        if self._decides(settings, scaler) and not self._for_decisions:
+            return None
+        copies = self._gather()
         if copies is not None and settings.write_grads:
             assert self._plan is not None
             addresses = [a for a in self._plan.grads if a]
@@ -95,20 +97,33 @@ class MultiTensorStep:
                 return None  # these cannot be written without a closer look
         return copies
 
+    def _decides(self, settings: ClipSettings, scaler: Scaler) -> bool:
+        """Whether the device is to decide that a step does not count."""
+        return not self._target.waits and (
+            settings.nonfinite == "skip" or scaler.found_inf is not None
+        )
+
     def _gather(self) -> list[Copied] | None:
         if self._plan is None or self.refusal is not None or not self._plan.tables:
             return None
         try:
-            return self._plan.gather()
+            copies = self._plan.gather()
         except StaleError:
             self._plan = None
             return None
+        for work in self._works:
+            self._target.refresh(work.resident, work.table)
+        return copies
 
-    def plan(self, settings: ClipSettings, params: Sequence[Tensor]) -> list[Copied] | None:
+    def plan(
+        self, settings: ClipSettings, params: Sequence[Tensor], scaler: Scaler
+    ) -> list[Copied] | None:
         """Sort ``params``, which have gradients, anew, and look up; None if none is served."""
-        self._plan, self._for_now = None, None
-        if self.refusal is not None:
+        capturing = self._target.is_capturing()
+        self._for_now = self._why_not_captured(settings) if capturing else None
+        if self.refusal is not None or self._for_now is not None:
             return None
+        self._plan = None
         self._for_now = self._why_not_now(settings, {p.device for p in params})
         self._for_now = self._for_now or shadow.why_not(self._optimizer)
         if self._for_now is not None:
@@ -119,14 +134,15 @@ class MultiTensorStep:
         traced.initialize_state(self._optimizer, with_grad=True, capturable=False)
         try:
             self._set_target(params[0].device)
-            self._plan = Plan(self._optimizer, params)
+            self._for_decisions = self._decides(settings, scaler)
+            stays = set() if self._target.waits else staying(self._optimizer, self._for_decisions)
+            self._plan = Plan(self._optimizer, params, stays)
+            self._works = [
+                Work(self._optimizer, table, self._target) for table in self._plan.tables
+            ]
         except (UnsupportedError, CompilerError) as reason:
             self._refuse(reason)
             return None
-        self._works = [
-            Work(self._optimizer, table, self._target.extent(table.bucket.sizes))
-            for table in self._plan.tables
-        ]
         return self._gather()
 
     def _why_not_now(self, settings: ClipSettings, devices: set[torch.device]) -> str | None:
@@ -137,54 +153,70 @@ class MultiTensorStep:
         if settings.mode == "auto" or any(d.type != "cuda" for d in devices):
             return "parameters lie on another device than the CPU"
         if torch.cuda.is_current_stream_capturing():
-            return "a CUDA graph is being captured, which would repeat this step's scalars"
-        if settings.nonfinite == "skip":
-            return 'nonfinite="skip" is decided on the device'
-        if any(group.get("capturable") for group in self._optimizer.param_groups):
-            return "capturable=True keeps what depends on the step on the device"
+            return "a CUDA graph is being captured, before any step that was not"
+        return None
+
+    def _why_not_captured(self, settings: ClipSettings) -> str | None:
+        """Why a step cannot become part of a CUDA graph."""
+        if self._plan is None:
+            return "a CUDA graph is being captured, before any step that was not"
+        if settings.nonfinite == "raise":
+            return 'a CUDA graph is being captured, in which nonfinite="raise" cannot be'
+        if self.refused:
+            return "a CUDA graph is being captured, and not all parameters are served"
+        if not all(work.decides for work in self._works):
+            return "a CUDA graph is being captured, which would repeat this step's count"
         return None
 
     def _set_target(self, device: torch.device) -> None:
         if self._target.device != device:
             self._target = targets.of(device)
             self._max_norm, self._filled = self._max_norm.to(device), None
-            self._kernels = {}
+            self._kernels = Kernels(self._optimizer, self._target)
 
     def total_norm(self, copies: Sequence[Copied], norm_type: float) -> Tensor:
         """The norm of all gradients, those of parameters that are not served included."""
         plan = self._plan
         assert plan is not None
-        self._uploaded = [self._target.upload(table.addresses) for table in plan.tables]
         if not plan.refused and not copies:
-            extents = [work.extent for work in self._works]
-            norm = self._target.total_norm(plan, self._uploaded, extents, norm_type)
+            norm = self._target.total_norm(plan, self._works, norm_type)
             if norm is not None:
                 return norm
+        for work in self._works:
+            work.bucket.look()
         return get_total_norm([p.grad for p in plan.params if p.grad is not None], norm_type)
 
-    def run(self, settings: ClipSettings, copies: Sequence[Copied], norm: Tensor) -> list[Tensor]:
-        """Clip and step.
+    def run(
+        self, settings: ClipSettings, copies: Sequence[Copied], norm: Tensor, scaler: Scaler
+    ) -> list[Tensor]:
+        """Clip and step, or leave everything as it is.
 
         Args:
-            settings: how to clip; what ``nonfinite`` says is done already.
+            settings: how to clip.
             copies: what ``gather`` or ``plan`` returned.
             norm: the total norm of all gradients.
+            scaler: what a ``GradScaler`` says of them.
 
         Returns:
             The parameters that are left for another mode to step with; of them nothing has changed.
+
+        Raises:
+            RuntimeError: the norm is not finite and ``nonfinite="raise"``; nothing was changed.
         """
         assert self._plan is not None
         plan = self._plan
-        insert = self._pass(settings)
         if settings.max_norm is not None and settings.max_norm != self._filled:
             self._max_norm.fill_(settings.max_norm)
             self._filled = settings.max_norm
         try:
-            self._step(insert, copies, norm)
+            stepped = self._step(settings, copies, norm, scaler)
         except (NotPointwiseError, UnsupportedError, CompilerError) as reason:
-            self._refuse(reason)
+            if self._target.is_capturing():
+                self._for_now = str(reason)
+            else:
+                self._refuse(reason)
             return plan.params
-        return [p for p, _ in plan.refused]
+        return [p for p, _ in plan.refused] if stepped else []
 
     def _pass(self, settings: ClipSettings) -> InsertNormAndScale:
         clip = settings.max_norm is not None
@@ -199,40 +231,67 @@ class MultiTensorStep:
         else:
             self.refusal = CannotCompileError(str(reason), OTHER_MODES)
 
-    def _step(self, insert: InsertNormAndScale, copies: Sequence[Copied], norm: Tensor) -> None:
+    def _step(
+        self, settings: ClipSettings, copies: Sequence[Copied], norm: Tensor, scaler: Scaler
+    ) -> bool:
+        """Step; False where the step does not count."""
         saved = [dict(work.bucket.values) for work in self._works]
-        launches = []
         try:
-            for work, before in zip(self._works, saved, strict=True):
-                launches.append(self._prepare(work, before, insert, norm))
-            self._extend()
+            scalars = [work.scalars(b) for work, b in zip(self._works, saved, strict=True)]
+            kind = self._kind(settings, norm, scaler)
+            decided = kind.finite or kind.found_inf  # by the kernels
+            stepped = decided or eager.counts(settings, scaler.found_inf, norm)
+            if stepped:
+                read = {"max_norm": self._max_norm, "norm": norm, **scaler.on(norm.device)}
+                kernels = [
+                    self._kernels.of(work, kind, found, before, read)
+                    for work, found, before in zip(self._works, scalars, saved, strict=True)
+                ]
+                self._extend()
         except BaseException:
-            for work, before in zip(self._works, saved, strict=True):
-                restore(work.bucket.leader, before)
+            self._restore(saved)
             raise
+        if not stepped:
+            self._restore(saved)
+            return False
         # Last in the norm, first in the update: what was read last is still in the cache.
-        read = {"max_norm": self._max_norm, "norm": norm}
-        for launch, table in reversed(list(zip(launches, self._uploaded, strict=True))):
-            self._target.launch(launch.kernel, table, launch.work.extent, launch.scalars, read)
-        if insert.write_grads:
+        for work, kernel, found in reversed(list(zip(self._works, kernels, scalars, strict=True))):
+            args = (kernel, work.resident, work.extent, found, {**read, **work.values})
+            self._target.launch(*args, work.bucket.counts)
+        if kind.insert.write_grads:
             for each in copies:
                 each.grad.copy_(each.copy)
         for work in self._works:
             work.bucket.advance(work.state)
             self._optimizer.param_groups[work.bucket.group].update(work.changes)
+        return True
+
+    def _restore(self, saved: Sequence[dict[str, Any]]) -> None:
+        for work, before in zip(self._works, saved, strict=True):
+            restore(work.bucket.leader, before)
+
+    def _kind(self, settings: ClipSettings, norm: Tensor, scaler: Scaler) -> Kind:
+        decides = self.decides and not self.refused and settings.nonfinite != "raise"
+        return Kind(
+            self._pass(settings),
+            norm.dtype,
+            scaler.grad_scale is not None,
+            decides and scaler.found_inf is not None,
+            decides and settings.nonfinite == "skip",
+        )
 
     def _extend(self) -> None:
         """Allocate the state that this step makes, all of it or none."""
         tables = [work.table for work in self._works]
-        news = [set(work.state) - work.bucket.known for work in self._works]
-        for i, (work, new) in enumerate(zip(self._works, news, strict=True)):
-            if not new:
+        news = [work.made for work in self._works]
+        for work, made in zip(self._works, news, strict=True):
+            if not made:
                 continue
-            made = {k: v for k, v in work.state.items() if k in new}
             self._plan = None  # there is more state now
             try:
                 work.table = work.table.extended(work.bucket.extended(made))
-                self._uploaded[i] = self._target.upload(work.table.addresses)
+                work.resident = self._target.resident(work.table)
+                work.bucket.look()
             except BaseException:
                 for other, table, names in zip(self._works, tables, news, strict=True):
                     other.table = table
@@ -240,41 +299,3 @@ class MultiTensorStep:
                         for name in names:
                             state.pop(name, None)
                 raise
-
-    def _prepare(
-        self, work: Work, before: dict[str, Any], insert: InsertNormAndScale, norm: Tensor
-    ) -> _Launch:
-        """Learn the scalars of this step, and find its kernel."""
-        scalars = work.scalars(before)
-        recording = work.recording
-        key = (id(recording), insert.clip, norm.dtype)
-        if key not in work.kernels:
-            kernel = self._kernel(work, recording, insert, norm.dtype)
-            self._check(work, kernel, scalars, before, norm)
-            work.kernels[key] = kernel
-        return _Launch(work, work.kernels[key], scalars)
-
-    def _kernel(
-        self, work: Work, recording: Recording, insert: InsertNormAndScale, dtype: torch.dtype
-    ) -> Any:
-        made = [k for k in recording.after if k not in work.bucket.dtypes]
-        dtypes = work.bucket.dtypes | {k: work.state[k].dtype for k in made}
-        key = (tuple(recording.calls), tuple(recording.after.items()), tuple(dtypes.items()))
-        if (key, insert, dtype) not in self._kernels:
-            program = assemble(recording, dtypes, dtype, insert)
-            self._kernels[key, insert, dtype] = self._target.kernel(program)
-            self.compilations += 1
-        return self._kernels[key, insert, dtype]
-
-    def _check(
-        self, work: Work, kernel: Any, scalars: list[float], before: dict[str, Any], norm: Tensor
-    ) -> None:
-        others = tensors(work.bucket.leader, before)
-        read = {"max_norm": self._max_norm, "norm": norm}
-        args = (self._optimizer, work.bucket, self._target, kernel, scalars, others, read)
-        try:
-            check(*args)
-        except NotPointwiseError:
-            raise
-        except Exception as error:
-            raise UnsupportedError(f"a kernel's first run failed: {error}") from error

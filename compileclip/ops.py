@@ -3,9 +3,10 @@
 ``torch.ops.compileclip.total_norm(Tensor[] tensors, float norm_type) -> Tensor`` is one node in a
 graph, however many tensors there are.
 
-``torch.ops.compileclip.step_norm(Tensor max_norm, Tensor? total_norm) -> Tensor`` stands, in a step
-graph, for the total norm of all gradients that the step reads, until a pass puts that norm (or the
-given one) in its place. Run as it is, it raises: no step may go on without it.
+``torch.ops.compileclip.step_norm(Tensor max_norm, Tensor? total_norm, Tensor? grad_scale=None) ->
+Tensor`` stands, in a step graph, for the total norm of all gradients that the step reads, until a
+pass puts that norm (or the given one) in its place. ``grad_scale`` is a factor that the gradients
+still have and the norm does not. Run as it is, it raises: no step may go on without it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def _total_norm_fake(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
 
 torch.library.register_fake("compileclip::total_norm", _total_norm_fake, lib=_LIBRARY)
 _LIBRARY.define(
-    "step_norm(Tensor max_norm, Tensor? total_norm) -> Tensor",
+    "step_norm(Tensor max_norm, Tensor? total_norm, Tensor? grad_scale=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -41,13 +42,17 @@ class NotRewrittenError(RuntimeError):
     """A captured step ran without the pass that inserts its norm and scale; nothing has changed."""
 
 
-def _step_norm(max_norm: Tensor, total_norm: Tensor | None) -> Tensor:
+def _step_norm(
+    max_norm: Tensor, total_norm: Tensor | None, grad_scale: Tensor | None = None
+) -> Tensor:
     raise NotRewrittenError(
         "a captured step ran outside its compiled graph, where gradients would not be clipped"
     )
 
 
-def _step_norm_fake(max_norm: Tensor, total_norm: Tensor | None) -> Tensor:
+def _step_norm_fake(
+    max_norm: Tensor, total_norm: Tensor | None, grad_scale: Tensor | None = None
+) -> Tensor:
     # The dtype and the device are those of the norm that takes its place; nothing reads them here.
     return torch.empty_like(max_norm if total_norm is None else total_norm)
 

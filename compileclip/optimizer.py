@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compileclip import eager
 from compileclip.delegate import Delegate
+from compileclip.eager import Scaler
 from compileclip.modes import Modes
 from compileclip.settings import ClipSettings
 from compileclip.traced import StandIn, stand_in, traced_step
@@ -119,11 +119,11 @@ class ClippedOptimizer(Delegate):
             with torch.enable_grad():
                 loss = closure()
         # A GradScaler leaves these on an optimizer that unscales by itself.
-        scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
+        scaler = Scaler(self.__dict__.get("grad_scale"), self.__dict__.get("found_inf"))
         before = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # which no_grad comes to, by way of two objects
         try:
-            self._modes.step(self._settings, scale, found_inf, self._report)
+            self._modes.step(self._settings, scaler, self._report)
         finally:
             torch._C._set_grad_enabled(before)
         # A scheduler made before wrapping watches the wrapped optimizer's step through this.
@@ -206,7 +206,7 @@ class ClippedOptimizer(Delegate):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         # Asked by GradScaler: True leaves unscaling to the step, and spares a pass.
-        return self.mode != "inductor" and eager.takes_grad_scale(self.optimizer)
+        return self.mode != "inductor"
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the wrapped optimizer does."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,9 +42,18 @@ class Plan:
         CompilerError: likewise.
     """
 
-    def __init__(self, optimizer: Optimizer, params: Sequence[Tensor]) -> None:
+    def __init__(
+        self, optimizer: Optimizer, params: Sequence[Tensor], stays: Collection[int] = ()
+    ) -> None:
+        """Sort ``params``, which have gradients.
+
+        Args:
+            optimizer: whose parameters they are.
+            params: the parameters.
+            stays: the parameter groups whose step counts are to stay on the device.
+        """
         self.params = list(params)
-        buckets, self.refused = sort(optimizer, params)
+        buckets, self.refused = sort(optimizer, params, stays)
         if self.refused and not is_torchs_own(optimizer):
             buckets = []  # the step of another class must not be split
         without = {p for p, _ in self.refused} if buckets else set(params)
@@ -74,6 +84,25 @@ class Plan:
             if not table.gather():
                 copies += _in_layout(table)
         return copies
+
+
+def staying(optimizer: Optimizer, decides: bool) -> set[int]:
+    """The parameter groups, by index, whose step counts are to stay on the device.
+
+    They can where a step can run with ``capturable=True``. They are to where it does, where the
+    device ``decides`` that a step does not count, and where something of theirs is there already.
+    """
+    return {
+        i
+        for i, group in enumerate(optimizer.param_groups)
+        if "capturable" in group and (group["capturable"] or decides or _is_there(optimizer, group))
+    }
+
+
+def _is_there(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    states = (optimizer.state.get(p, {}) for p in group["params"])
+    numbers = (v for held in (group, *states) for v in held.values() if isinstance(v, Tensor))
+    return any(v.dim() == 0 and v.device.type != "cpu" for v in numbers)
 
 
 def _in_layout(table: Table) -> list[Copied]:

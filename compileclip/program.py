@@ -26,11 +26,17 @@ class Program:
 
     Attributes:
         graph: the operations.
-        stored: the operands, by ``node.name``, that take the graph's outputs, in their order.
+        stored: the operands, by ``node.name``, that take the graph's first outputs, in their order.
+        counted: the names of state that is one number for all parameters, such as step counts; it
+            takes the outputs that follow, which are 0-dim.
+        conditional: whether there is one more output, a 0-dim bool: where it is false, nothing is
+            stored.
     """
 
     graph: Graph
     stored: tuple[str, ...]
+    counted: tuple[str, ...] = ()
+    conditional: bool = False
 
     @property
     def operands(self) -> list[Node]:
@@ -50,8 +56,22 @@ class Program:
     @property
     def results(self) -> tuple[Node, ...]:
         """The nodes that are stored, in the order of ``stored``."""
-        (results,) = self.graph.output_node().args
-        return tuple(results)  # type: ignore[arg-type]
+        return self._outputs[: len(self.stored)]
+
+    @property
+    def counts(self) -> tuple[Node, ...]:
+        """The nodes of ``counted``, in its order."""
+        return self._outputs[len(self.stored) :][: len(self.counted)]
+
+    @property
+    def condition(self) -> Node | None:
+        """The node that decides whether anything is stored, if one does."""
+        return self._outputs[-1] if self.conditional else None
+
+    @property
+    def _outputs(self) -> tuple[Node, ...]:
+        (outputs,) = self.graph.output_node().args
+        return tuple(outputs)  # type: ignore[arg-type]
 
     def _tensors(self, ndim: int) -> list[Node]:
         values = [(n, n.meta["val"]) for n in self._inputs()]

@@ -22,13 +22,19 @@ from compileclip.shadow import Shadow, StandIn
 _NAMES = {f"__{name}__": name for name in ("add", "sub", "mul", "neg", "abs", "pow")}
 _NAMES |= {f"__i{name}__": f"{name}_" for name in ("add", "sub", "mul")}
 _NAMES |= {"__truediv__": "div", "__itruediv__": "div_", "__rmul__": "mul", "__radd__": "add"}
+_NAMES |= {f"__{name}__": name for name in ("rsub", "lt", "le", "gt", "ge")}
 # What a real float tensor returns of itself, without an operation.
 _ITSELF = ("conj", "detach")
-_FALSE = ("is_sparse", "is_complex", "is_cuda", "is_mkldnn", "is_meta")
+_FALSE = ("is_sparse", "is_complex", "is_mkldnn", "is_meta")
 
 
 class Prop(StandIn):
     """Stands for one tensor of a recording."""
+
+    @staticmethod
+    def of(rehearsal: Rehearsal, tensor: Tensor) -> Prop:
+        """What stands for ``tensor``."""
+        return (_Count if tensor.dim() == 0 else Prop)(rehearsal, tensor)
 
     def __init__(self, rehearsal: Rehearsal, tensor: Tensor) -> None:
         self._rehearsal, self._tensor = rehearsal, tensor
@@ -39,7 +45,7 @@ class Prop(StandIn):
             return lambda: self
         if name in _FALSE:
             return False if name != "is_complex" else lambda: False
-        if name in ("dtype", "device", "layout", "requires_grad"):
+        if name in ("dtype", "device", "layout", "requires_grad", "is_cuda"):
             self.__dict__[name] = value = getattr(self._tensor, name)
             return value
         method = functools.partial(self._rehearsal.call, name, self)
@@ -48,6 +54,9 @@ class Prop(StandIn):
 
     def __rtruediv__(self, other: Any) -> Any:
         return self.reciprocal() * other  # as torch does
+
+    def __rpow__(self, base: Any) -> Any:
+        return self._rehearsal.call("pow", base, self)
 
     def __setitem__(self, mask: Any, value: Any) -> None:
         self._rehearsal.call("index_put_", self, mask, value)
@@ -70,6 +79,11 @@ class Prop(StandIn):
         return props[0]._rehearsal.call(func.__name__, *args, **(kwargs or {}))
 
 
+class _Count(Prop):
+    # What torch's optimizers ask of step counts by isinstance.
+    __class__ = property(lambda self: Tensor)
+
+
 def _operator(name: str) -> Callable[..., Any]:
     operation = _NAMES[name]
 
@@ -90,10 +104,10 @@ class Rehearsal:
         self._shadow = shadow
         tensors: dict[int, Tensor] = {}
         for name, number in recording.before.items():
-            tensors[number] = shadow.tensors[name]
+            tensors[number] = shadow.operands[name]
         for call, (_, out) in zip(recording.calls, recording.tensors, strict=True):
             tensors.setdefault(call.out, out)
-        props = {number: Prop(self, t) for number, t in tensors.items()}
+        props = {number: Prop.of(self, t) for number, t in tensors.items()}
         self._expected = [
             (_name_of(call), call.names, _expected(call, props), props[call.out])
             for call in recording.calls

@@ -6,6 +6,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Mapping
 from copy import copy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from compileclip.buckets import Bucket
 from compileclip.lowering.targets import Target
 from compileclip.shadow import NotPointwiseError
 from compileclip.traced import raw_step
+from compileclip.work import tensors
 
 TENSORS = 3  # the smallest of a bucket
 # How far apart the two may be, relative to the largest value: ATen's own square root is off by a
@@ -30,7 +32,7 @@ def check(
     target: Target,
     kernel: Any,
     scalars: list[float],
-    others: dict[str, Any],
+    before: Mapping[str, Any],
     values: Mapping[str, Tensor],
 ) -> None:
     """Run ``kernel`` and the optimizer's own step on copies of the smallest parameters.
@@ -41,8 +43,8 @@ def check(
         target: what runs ``kernel``.
         kernel: what is to be checked.
         scalars: of this step.
-        others: the state that is no operand, as it was before this step.
-        values: "max_norm", 0-dim float64, and "norm", the total norm.
+        before: the bucket's ``values`` before this step.
+        values: "max_norm", 0-dim float64, and "norm", the total norm; "grad_scale" of a GradScaler.
 
     Raises:
         NotPointwiseError: they differ; nothing but copies was changed.
@@ -50,27 +52,52 @@ def check(
     smallest = sorted(range(len(bucket.params)), key=bucket.sizes.__getitem__)[:TENSORS]
     params = [bucket.params[i] for i in smallest]
     states = [{k: v for k, v in bucket.states[i].items() if k in bucket.dtypes} for i in smallest]
-    clips = "norm" in kernel.values
-    coef = reference.clip_coef(values["max_norm"].item(), values["norm"]) if clips else None
+    # What decides that a step does not count would leave nothing to compare.
+    norm = torch.where(values["norm"].isfinite(), values["norm"], 1.0)
+    values = {**values, "norm": norm, "found_inf": torch.zeros_like(norm, dtype=torch.float32)}
+    others = tensors(bucket.leader, before) | {k: v.clone() for k, v in bucket.seen.items()}
 
     theirs = _Copies(params, states, others)
-    if coef is not None:
-        reference.scale_([p.grad for p in theirs.params if p.grad is not None], coef)
-    theirs.step(optimizer, optimizer.param_groups[bucket.group])
+    factor = _factor(kernel, values)
+    if factor is not None:
+        reference.scale_([p.grad for p in theirs.params if p.grad is not None], factor)
+    theirs.step(optimizer, bucket)
 
     ours = _Copies(params, states, others)
     operands = kernel.program.operands
     names = [str(node.target) for node in operands]  # a node's name may have been changed
     columns = [ours.column(name, kernel) for name in names]
-    addresses = array("Q", [tensor.data_ptr() for column in columns for tensor in column])
+    table = _Table(array("Q", [tensor.data_ptr() for column in columns for tensor in column]))
     extent = target.extent(array("q", map(Tensor.numel, ours.params)))
-    target.launch(kernel, target.upload(addresses), extent, scalars, values)
+    counts = {k: v.new_zeros(len(params)) for k, v in bucket.seen.items()}
+    target.launch(kernel, target.resident(table), extent, scalars, values, counts)
+    for name in kernel.program.counted:
+        for mine, state in zip(counts[name], theirs.states, strict=True):
+            _compare(name, mine, state[name], others[name])
     for node, name, column in zip(operands, names, columns, strict=True):
         if node.name not in kernel.program.stored:
             continue
         for i, (mine, other) in enumerate(zip(column, theirs.column(name, kernel), strict=True)):
-            before = params[i] if name == "param" else states[i].get(name, other)
-            _compare(name, mine, other, before)
+            was = params[i] if name == "param" else states[i].get(name, other)
+            _compare(name, mine, other, was)
+
+
+@dataclass
+class _Table:
+    """As ``gather.Table``, of copies."""
+
+    addresses: array[int]
+    grads: slice = field(default_factory=lambda: slice(0, 0))
+
+
+def _factor(kernel: Any, values: Mapping[str, Tensor]) -> Tensor | None:
+    """What the kernel multiplies gradients by, as eager has it."""
+    clips = "norm" in kernel.values and "max_norm" in kernel.values
+    coef = reference.clip_coef(values["max_norm"].item(), values["norm"]) if clips else None
+    if "grad_scale" not in kernel.values:
+        return coef
+    scale = values["grad_scale"]
+    return scale.reciprocal() if coef is None else coef / scale
 
 
 class _Copies:
@@ -88,9 +115,11 @@ class _Copies:
             for given in ({**state, **others} for state in states)
         ]
 
-    def step(self, optimizer: Optimizer, group: dict[str, Any]) -> None:
+    def step(self, optimizer: Optimizer, bucket: Bucket) -> None:
         """Run the optimizer's own step on them, one tensor after the other."""
-        own = {k: False for k in ("foreach", "fused") if k in group} | {"params": self.params}
+        group = optimizer.param_groups[bucket.group]
+        own: dict[str, Any] = {k: False for k in ("foreach", "fused") if k in group}
+        own |= {"params": self.params} | ({"capturable": True} if bucket.stays else {})
         shadow: Any = object.__new__(type(optimizer))
         state = {p: s for p, s in zip(self.params, self.states, strict=True) if s}
         shadow.__dict__ = {

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
+from dataclasses import dataclass
 from enum import Enum
 from functools import cache, partial
 from types import BuiltinFunctionType, FunctionType
@@ -18,6 +20,7 @@ from compileclip.eager import is_torchs_own
 from compileclip.traced import raw_step
 
 SHAPES = ((2, 3), (5,))  # a step is the same for both, or refused
+HYPERPARAMETER = "group."  # before the name of one that is an operand
 
 
 class NotPointwiseError(ValueError):
@@ -67,12 +70,29 @@ def _is_data(value: object) -> bool:
     return isinstance(value, list | set) and all(map(_is_fixed, value))
 
 
+@dataclass(frozen=True)
+class OnDevice:
+    """What of a bucket is one number for all parameters, and stays on their device.
+
+    Attributes:
+        device: where it is.
+        counts: the dtype of each 0-dim state.
+        hyperparameters: likewise of each 0-dim tensor in the parameter group.
+    """
+
+    device: torch.device
+    counts: Mapping[str, torch.dtype]
+    hyperparameters: Mapping[str, torch.dtype]
+
+
 class Shadow:
     """Stands for all parameters of a bucket.
 
     Attributes:
         optimizer: the real one.
-        tensors: the tiny operands: "param", "grad", and state.
+        operands: tiny tensors: "param", "grad", and state; and what stays on the device, a
+            hyperparameter under its name behind ``HYPERPARAMETER``.
+        on_device: whether anything does.
         state: what the last step left as state.
         changes: what the last step changed in the parameter group.
     """
@@ -82,13 +102,22 @@ class Shadow:
         optimizer: Optimizer,
         dtypes: Mapping[str, torch.dtype],
         shape: tuple[int, ...] = SHAPES[0],
+        on_device: OnDevice | None = None,
     ) -> None:
         """Make it for ``optimizer``, with operands of ``dtypes`` and of ``shape``."""
-        self.tensors = {
-            name: torch.ones(shape, dtype=dtype, device="cpu") for name, dtype in dtypes.items()
-        }
-        self.tensors["param"] = torch.nn.Parameter(self.tensors["param"])
-        self.tensors["param"].grad = self.tensors["grad"]
+        self.on_device = on_device is not None
+        self._fake = _fake_mode() if self.on_device else nullcontext()
+        place = torch.device("cpu") if on_device is None else on_device.device
+        with self._fake:
+            self.operands = {
+                name: torch.ones(shape, dtype=dtype, device=place) for name, dtype in dtypes.items()
+            }
+            self.operands["param"] = torch.nn.Parameter(self.operands["param"])
+            self.operands["param"].grad = self.operands["grad"]
+            if on_device is not None:
+                named = {HYPERPARAMETER + k: v for k, v in on_device.hyperparameters.items()}
+                for name, dtype in (*on_device.counts.items(), *named.items()):
+                    self.operands[name] = torch.ones((), dtype=dtype, device=place)
         self.state: dict[str, Any] = {}
         self.changes: dict[str, Any] = {}
         self.optimizer = optimizer
@@ -111,18 +140,26 @@ class Shadow:
         Args:
             group: the parameter group, whose hyperparameters count.
             others: the state that is no operand; its 0-dim tensors are written to.
-            props: what takes the place of ``tensors``, if anything does.
+            props: what takes the place of ``operands``, if anything does.
 
         Raises:
             NotPointwiseError: the step changes an attribute of the optimizer or a tensor in the
                 group, or keeps as state what is neither a tensor nor a number.
         """
-        tensors = self.tensors if props is None else props
-        param = tensors["param"]
+        operands = self.operands if props is None else props
+        param = operands["param"]
         in_group, in_optimizer = self._mutable(group) if self._is_foreign else ({}, {})
         plain = {name: False for name in ("foreach", "fused") if name in group}
-        given = {**group, **_copied(in_group), **plain, "params": [param]}
-        tiny = {k: v for k, v in tensors.items() if k not in ("param", "grad")}
+        if self.on_device and "capturable" in group:
+            plain["capturable"] = True
+        start = len(HYPERPARAMETER)
+        own = {k[start:]: v for k, v in operands.items() if k.startswith(HYPERPARAMETER)}
+        given = {**group, **_copied(in_group), **plain, **own, "params": [param]}
+        tiny = {
+            k: v
+            for k, v in operands.items()
+            if k not in ("param", "grad") and not k.startswith(HYPERPARAMETER)
+        }
         state = {**tiny, **others}
         attributes = {**vars(self.optimizer), **self._bound, **_copied(in_optimizer)}
         attributes["param_groups"] = [dict(given)]
@@ -142,6 +179,22 @@ class Shadow:
             _check_unchanged(given, in_group, "in its parameter group")
             _check_unchanged(after, in_optimizer, "of the optimizer")
 
+    @contextmanager
+    def values(self) -> Iterator[None]:
+        """Within it, nothing has values that stays on the device; otherwise all has.
+
+        Raises:
+            NotPointwiseError: what runs within needs them.
+        """
+        try:
+            with self._fake:
+                yield
+        except (RuntimeError, AssertionError) as error:
+            if not self.on_device:
+                raise
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise NotPointwiseError(f"the step cannot stay on the device: {reason}") from error
+
     def _mutable(self, group: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a step could change in place, in the group and in the optimizer's attributes."""
         attributes = vars(self.optimizer).items()
@@ -149,6 +202,12 @@ class Shadow:
             {k: v for k, v in group.items() if k != "params" and not _is_fixed(v)},
             {k: v for k, v in attributes if k not in _usual() and _is_data(v)},
         )
+
+
+def _fake_mode() -> AbstractContextManager[Any]:
+    from torch._subclasses.fake_tensor import FakeTensorMode  # it takes a second to import
+
+    return FakeTensorMode(allow_non_fake_inputs=True)  # such as numbers that torch makes tensors
 
 
 def _copied(values: dict[str, Any]) -> dict[str, Any]:

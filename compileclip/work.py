@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from compileclip.assemble import COUNT
 from compileclip.buckets import Bucket
 from compileclip.capture import ChangedError, Recording, record, replay
 from compileclip.eager import is_torchs_own
 from compileclip.formula import Formula
 from compileclip.gather import Table
 from compileclip.rehearsal import Rehearsal
-from compileclip.shadow import SHAPES, NotPointwiseError, Shadow
+from compileclip.shadow import HYPERPARAMETER, SHAPES, NotPointwiseError, OnDevice, Shadow
+
+if TYPE_CHECKING:
+    from compileclip.lowering.targets import Target
 
 # A step that decides otherwise every few steps would cost more than it saves.
 _FORMULAS = 8
@@ -27,24 +31,31 @@ class Work:
     Attributes:
         table: the bucket's, and its addresses.
         extent: its sizes, as the target's launches take them.
+        resident: its table, likewise.
         shadow: steps in the place of the bucket's parameters.
         state: the leader's after the step whose scalars were last asked for.
         changes: what that step changed in the parameter group.
         kernels: for what it has done so far.
     """
 
-    def __init__(self, optimizer: Optimizer, table: Table, extent: Any) -> None:
-        self.table, self.extent = table, extent
-        self.shadow = Shadow(optimizer, table.bucket.dtypes)
+    def __init__(self, optimizer: Optimizer, table: Table, target: Target) -> None:
+        self.table = table
+        self.extent, self.resident = target.extent(table.bucket.sizes), target.resident(table)
+        self._optimizer = optimizer
+        self._start()
+
+    def _start(self) -> None:
+        """Know nothing yet of what the step does."""
+        self._on_device = self._what_stays()
+        self.shadow = self._shadow()
         self.state: dict[str, Any] = {}
         self.changes: dict[str, Any] = {}
         self.kernels: dict[Any, Any] = {}
-        self._optimizer = optimizer
         self._recordings: list[Recording] = []  # the latest last
         # Both are of the latest, if that can be had.
         self._rehearsal: Rehearsal | None = None
         self._formula: Formula | None = None
-        self._formulas_left = _FORMULAS if _is_closed(optimizer) else 0
+        self._formulas_left = _FORMULAS if _is_closed(self._optimizer) else 0
 
     @property
     def bucket(self) -> Bucket:
@@ -56,6 +67,30 @@ class Work:
         """Of what the shadow did last."""
         return self._recordings[-1]
 
+    @property
+    def decides(self) -> bool:
+        """Whether a kernel can tell that this step does not count, and nobody else need know.
+
+        Known after ``scalars``.
+        """
+        bucket = self.bucket
+        on_host = not bucket.stays and (bucket.counts or bucket.numbers)
+        return not on_host and not self.changes and not self.made
+
+    @property
+    def made(self) -> dict[str, Any]:
+        """What state this step makes, as a shadow has it."""
+        return {k: v for k, v in self.state.items() if k not in self.bucket.known}
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """What stays on the device, as a program reads it."""
+        if self._on_device is None:
+            return {}
+        names = self._on_device.hyperparameters
+        given: dict[str, Tensor] = {HYPERPARAMETER + k: self._group[k] for k in names}
+        return {COUNT + k: v for k, v in (self.bucket.seen | given).items()}
+
     def scalars(self, before: Mapping[str, Any]) -> list[float]:
         """Those of this step, in the quickest way; what the leader's tensors are then is open.
 
@@ -65,6 +100,8 @@ class Work:
         Raises:
             NotPointwiseError: the step cannot become a program.
         """
+        if self.bucket.stays and self._what_stays() != self._on_device:
+            self._start()
         leader, group = self.bucket.leader, self._group
         if self._formula is not None:
             try:
@@ -116,6 +153,19 @@ class Work:
         group: dict[str, Any] = self._optimizer.param_groups[self.bucket.group]
         return group
 
+    def _shadow(self, shape: tuple[int, ...] = SHAPES[0]) -> Shadow:
+        return Shadow(self._optimizer, self.bucket.dtypes, shape, self._on_device)
+
+    def _what_stays(self) -> OnDevice | None:
+        bucket = self.bucket
+        if not bucket.stays:
+            return None
+        device = bucket.params[0].device
+        counts = {name: buffer.dtype for name, buffer in bucket.counts.items()}
+        tensors = {k: v for k, v in self._group.items() if isinstance(v, Tensor) and v.dim() == 0}
+        there = {k: v.dtype for k, v in tensors.items() if v.device == device}
+        return OnDevice(device, counts, there)
+
     def _remember(self, recording: Recording, before: Mapping[str, Any]) -> None:
         """Put ``recording`` last, as the known one if it is not new."""
         for known in self._recordings:
@@ -123,7 +173,7 @@ class Work:
                 self._recordings.remove(known)
                 self._recordings.append(known)
                 return
-        twin = Shadow(self._optimizer, self.bucket.dtypes, SHAPES[1])
+        twin = self._shadow(SHAPES[1])
         other = record(twin, self._group, tensors(self.bucket.leader, before))
         if other.calls != recording.calls or other.scalars != recording.scalars:
             raise NotPointwiseError("the step depends on a parameter's shape")
@@ -131,7 +181,7 @@ class Work:
 
     def _rehearse(self, before: Mapping[str, Any]) -> Rehearsal | None:
         """That of the latest recording, if it finds the same scalars."""
-        shadow = Shadow(self._optimizer, self.bucket.dtypes)
+        shadow = self._shadow()
         recording = record(shadow, self._group, tensors(self.bucket.leader, before))
         rehearsal = Rehearsal(shadow, recording)
         try:

@@ -7,7 +7,8 @@ gradient reads ``gradient * clip_coef`` instead.
 Why it is legal: the gradients are inputs, written by nothing before the update, so the norm may be
 taken ahead of everything else; and an update that reads ``g * coef`` from a register is the same
 function as one that reads it from memory after ``g.mul_(coef)``. With ``write_grads`` the product
-is stored as well, in place, because a caller reads it.
+is stored as well, in place, because a caller reads it. A ``grad_scale`` that the gradients still
+have, as a ``GradScaler`` gives it, is taken out by the same product.
 
 Before::
 
@@ -76,24 +77,34 @@ class InsertNormAndScale:
             ValueError: the graph has not exactly one ``compileclip.step_norm`` node.
         """
         marker = _marker(graph)
-        max_norm, given = cast(tuple[Node, Node | None], marker.args)
+        args = cast(tuple[Node | None, ...], (*marker.args, None))
+        max_norm, given, grad_scale = args[:3]
         readers = {g: list(g.users) for g in gradients}
         with graph.inserting_before(marker):
             norm = given or _call(graph, TOTAL_NORM, list(gradients), self.norm_type)
-            if self.clip:
-                coef = _clip_coef(graph, max_norm, norm)
-                if self.skip:
-                    finite = _call(graph, torch.isfinite, norm)
-                    one = _call(graph, ATEN.full_like.default, coef, 1.0)
-                    coef = _call(graph, ATEN.where.self, finite, coef, one)
+            factor = self._factor(graph, cast(Node, max_norm), norm, grad_scale)
+            if factor is not None:
                 for gradient, nodes in readers.items():
-                    clipped = _scale(graph, gradient, coef, stored=self.write_grads)
+                    clipped = _scale(graph, gradient, factor, stored=self.write_grads)
                     for reader in nodes:
                         reader.replace_input_with(gradient, clipped)
         marker.replace_all_uses_with(norm)
         graph.erase_node(marker)
         graph.lint()
-        return len(readers) if self.clip else 0
+        return 0 if factor is None else len(readers)
+
+    def _factor(
+        self, graph: Graph, max_norm: Node, norm: Node, grad_scale: Node | None
+    ) -> Node | None:
+        """What the gradients are multiplied by, if they are."""
+        if not self.clip:
+            return None if grad_scale is None else _call(graph, ATEN.reciprocal.default, grad_scale)
+        coef = _clip_coef(graph, max_norm, norm)
+        if self.skip:
+            finite = _call(graph, torch.isfinite, norm)
+            one = _call(graph, ATEN.full_like.default, coef, 1.0)
+            coef = _call(graph, ATEN.where.self, finite, coef, one)
+        return coef if grad_scale is None else _call(graph, ATEN.div.Tensor, coef, grad_scale)
 
 
 def _clip_coef(graph: Graph, max_norm: Node, norm: Node) -> Node:

@@ -13,9 +13,13 @@ from test_optim_db import give_gradients, make
 from torch.optim import Optimizer
 
 import compileclip
+from compileclip.assemble import Kind, assemble
+from compileclip.capture import record
 from compileclip.fallback import FallbackWarning
 from compileclip.lowering import UnsupportedError, cpp
+from compileclip.passes.insert_norm_and_scale import InsertNormAndScale
 from compileclip.program import Program
+from compileclip.shadow import OnDevice, Shadow
 
 WARM = 6  # RAdam does something else from its sixth step on, SGD from its second
 _NAMES = [case.values[0].name for case in INPUTS]
@@ -56,3 +60,25 @@ def captured(optimizer: Optimizer) -> Program:
         wrapped.step()
     assert found, wrapped.explain()
     return found[0]
+
+
+# ASGD and Rprop make tensors on the way, for which torch has to be built with CUDA.
+CAPTURABLE = ["Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adamax", "Adadelta"]
+
+
+def program_on_a_gpu(name: str, dtype: torch.dtype) -> Program:
+    """That of an optimizer whose step counts stay on a GPU, which also decides and unscales."""
+    params = [torch.nn.Parameter(torch.ones(3, dtype=dtype))]
+    optimizer = getattr(torch.optim, name)(params, lr=0.01)
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    state = optimizer.state[params[0]]
+    dtypes = {"param": dtype, "grad": dtype}
+    dtypes |= {k: v.dtype for k, v in state.items() if v.dim() > 0}
+    counts = {k: v.dtype for k, v in state.items() if v.dim() == 0}
+    there = OnDevice(torch.device("cuda"), counts, {})
+    recording = record(Shadow(optimizer, dtypes, on_device=there), optimizer.param_groups[0], {})
+    insert = InsertNormAndScale(norm_type=2.0)
+    norm = torch.promote_types(dtype, torch.float32)
+    kind = Kind(insert, norm, grad_scale=True, found_inf=True, finite=True)
+    return assemble(recording, dtypes, kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -47,6 +48,41 @@ def test_grad_scaler(unscale: bool, write_grads: bool | None) -> None:
     assert train(ours, unscale) == train(theirs, unscale)
     assert_same_optimizer(ours.optimizer, theirs.optimizer)
     assert_same(ours.norms, theirs.norms, "norm")
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "raise", "skip"])
+@pytest.mark.parametrize("write_grads", [None, True, False])
+@pytest.mark.parametrize("unscale", [False, True])
+def test_grad_scaler_and_kernels(unscale: bool, write_grads: bool | None, nonfinite: str) -> None:
+    """The kernels take the scale out; to the bit, for a scale is a power of two."""
+
+    def make(params: Any) -> Any:
+        return torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.1, foreach=False)
+
+    options = {"mode": "multi_tensor", "write_grads": write_grads, "nonfinite": nonfinite}
+    ours, theirs = Run(True, make, **options), Run(False, make)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", compileclip.FallbackWarning)
+        assert train(ours, unscale) == train(theirs, unscale)
+    assert_same_optimizer(ours.optimizer, theirs.optimizer)
+    assert_same(ours.norms, theirs.norms, "norm")
+
+
+def test_grad_scaler_and_no_bound() -> None:
+    def make(params: Any) -> Any:
+        return torch.optim.SGD(params, lr=0.1, foreach=False)
+
+    ours, theirs = Run(True, make, mode="multi_tensor"), Run(False, make)
+    for run in (ours, theirs):
+        run.loss(0).backward()
+    ours.optimizer.max_norm = None
+    for p in ours.model.parameters():
+        if p.grad is not None:
+            p.grad.mul_(64)
+    ours.optimizer.grad_scale, ours.optimizer.found_inf = torch.tensor(64.0), torch.tensor(0.0)
+    ours.optimizer.step()
+    theirs.optimizer.step()
+    assert_same_optimizer(ours.optimizer, theirs.optimizer)
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "raise", "skip"])

@@ -17,13 +17,20 @@ from torch import Tensor
 pytest.importorskip("triton")
 from lowering_operations import CASES, LIBRARY, SCALARS, Build
 from lowering_programs import adamw, program
-from optimizer_programs import ADAMW, EVERY_INPUT, FIRST_INPUTS, programs
+from optimizer_programs import (
+    ADAMW,
+    CAPTURABLE,
+    EVERY_INPUT,
+    FIRST_INPUTS,
+    program_on_a_gpu,
+    programs,
+)
 from torch.fx import Proxy
 from triton_runs import INTERPRETED
 from triton_targets import TARGETS, Code, compile_for, compile_program, options_for
 
 from compileclip.lowering import triton_norm
-from compileclip.lowering.triton import BLOCK, Kernel, block_list
+from compileclip.lowering.triton import ARGUMENTS, BLOCK, Kernel, _writer, block_list
 from compileclip.program import Program, dtype_of
 
 if INTERPRETED:
@@ -68,6 +75,34 @@ def test_adamw(target: str, dtype: torch.dtype) -> None:
 def test_each_optimizer(case: int) -> None:
     for made in programs(case, F32):
         check_update(made, compile_program("sm_90", made))
+
+
+@on_each_target
+def test_step_counts_on_the_device(target: str) -> None:
+    made = program_on_a_gpu("AdamW", F32)
+    assert made.counted == ("step",)
+    assert made.conditional
+    check_update(made, compile_program(target, made))
+
+
+@pytest.mark.sweep
+@on_each_target
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("name", CAPTURABLE)
+def test_each_step_count_on_the_device(name: str, dtype: torch.dtype, target: str) -> None:
+    made = program_on_a_gpu(name, dtype)
+    code = compile_program(target, made)
+    assert code.spilled <= 16  # see test_each_input
+    check_moves(made, code)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_addresses_out_of_arguments(target: str) -> None:
+    place, addresses = torch.zeros(1, dtype=torch.int64), [0] * ARGUMENTS
+    code = compile_for(target, _writer(), place, 1, *addresses, num_warps=1)
+    assert code.kernels == 1
+    assert code.spilled == 0
+    assert code.accesses == [("store", 64)] * ARGUMENTS
 
 
 @pytest.mark.sweep
@@ -127,7 +162,7 @@ def test_norm(dtype: torch.dtype, order: str, target: str) -> None:
     second = compile_for(
         target,
         triton_norm._add_shares,
-        *(shares, torch.zeros(()), 1),
+        *(shares, torch.zeros(()), 1, numbers, 1),
         **constants,
         **triton_norm._SECOND,
     )

@@ -10,6 +10,7 @@ import math
 import warnings
 from array import array
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -187,31 +188,6 @@ def test_three_kernels_in_a_step(tensors: int) -> None:
     assert sum(e.count for e in launches) == 3, launches
 
 
-@pytest.mark.gpu
-def test_capture_goes_eager_and_replays() -> None:
-    """A captured step would repeat the scalars of that step, so only capturable=True may."""
-    params = [nn.Parameter(p.detach().cuda()) for p in params_like(SHAPES)]
-    plain = clone_params(params)
-    ours = compileclip.wrap(AdamW(params, lr=0.01, capturable=True), 1.0, mode="multi_tensor")
-    theirs = compileclip.wrap(AdamW(plain, lr=0.01, capturable=True), 1.0, mode="eager")
-    for opt in (ours, theirs):
-        set_grads(all_params(opt), 0)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), pytest.warns(FallbackWarning, match="capturable"):
-        ours.step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        ours.step()
-    for _ in range(3):
-        graph.replay()
-    for _ in range(4):
-        theirs.step()
-    for p, q in zip(params, plain, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-
-
 def test_a_kernel_that_cannot_be_compiled_is_refused(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,11 +206,21 @@ def test_a_kernel_that_cannot_be_compiled_is_refused(
     check(ours, theirs)
 
 
-def test_upload(device: str) -> None:
-    numbers = array("Q", [1, 2**47, 3])
-    uploaded = targets.Gpu(torch.device(device)).upload(numbers)
-    numbers[0] = 7
-    assert uploaded.tolist() == [1, 2**47, 3]
+@pytest.mark.parametrize("count", [1, 100])
+@pytest.mark.parametrize("capturing", [False, True])
+def test_addresses_of_gradients_are_taken_over(
+    capturing: bool, count: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = array("Q", [2**47 + i for i in range(3 * count)])
+    table = SimpleNamespace(addresses=numbers, grads=slice(count, 2 * count))
+    target = targets.Gpu(torch.device(device))
+    resident = target.resident(table)
+    assert resident.tolist() == list(numbers)
+    monkeypatch.setattr(target, "is_capturing", lambda: capturing)
+    numbers[count] = numbers[0] = 7
+    target.refresh(resident, table)
+    numbers[count] = 8
+    assert resident.tolist() == [2**47, *range(2**47 + 1, 2**47 + count), 7, *numbers[count + 1 :]]
 
 
 def test_in_the_interpreter() -> None:

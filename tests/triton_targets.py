@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from compileclip.lowering.triton import AMD_OPTIONS, BLOCK, OPTIONS, block_list, load, source
-from compileclip.program import Program
+from compileclip.program import Program, dtype_of
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -102,7 +102,8 @@ def compile_program(target: str, made: Program) -> Code:
     values = [torch.zeros((), dtype=n.meta["val"].dtype) for n in made.values]
     table, sizes = torch.zeros(len(made.operands), 1, dtype=torch.int64), torch.zeros(1).long()
     step = load(source(made)).compileclip_step
-    arguments = (table, sizes, block_list([1]), 1, *values, *scalars)
+    counts = [torch.zeros(1, dtype=dtype_of(n)) for n in made.counts]
+    arguments = (table, sizes, block_list([1]), 1, *values, *counts, *scalars)
     return compile_for(target, step, *arguments, BLOCK=BLOCK, **options_for(target))
 
 

@@ -29,7 +29,7 @@ class Kernel:
 
     Attributes:
         program: what it was made of.
-        values: the names of ``program.values``.
+        values: what ``program.values`` stand for.
 
     Raises:
         UnsupportedError: the program holds an operation or a dtype without C++ code.
@@ -38,7 +38,9 @@ class Kernel:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.values = [node.name for node in program.values]
+        if program.counted or program.conditional:
+            raise UnsupportedError("a CPU keeps step counts and decisions on the host")
+        self.values = [str(node.target) for node in program.values]  # a name may have been changed
         self._step = native.load(source(program)).step
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         self._step.argtypes = (pointer, integer, pointer, pointer, pointer, pointer, ctypes.c_int)
@@ -93,7 +95,6 @@ class _Source:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.values = [node.name for node in program.values]
         self.once: list[tuple[str, str, str]] = []
         self.each: list[str] = []
         self._names: dict[Node, str] = {}

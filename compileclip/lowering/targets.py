@@ -16,6 +16,14 @@ from compileclip.program import Program
 
 if TYPE_CHECKING:
     from compileclip.plan import Plan
+    from compileclip.work import Work
+
+
+class Addresses(Protocol):
+    """Of a bucket's tensors, as ``gather.Table`` has them."""
+
+    addresses: array[int]
+    grads: slice
 
 
 class Target(Protocol):
@@ -23,9 +31,11 @@ class Target(Protocol):
 
     Attributes:
         device: where the tensors are.
+        waits: whether what is launched is done when the call returns.
     """
 
     device: torch.device
+    waits: bool
 
     def is_capturing(self) -> bool:
         """Whether what is launched now becomes part of a graph instead of being run."""
@@ -36,31 +46,37 @@ class Target(Protocol):
     def extent(self, sizes: array[int]) -> Any:
         """The numbers of elements of a bucket's tensors, as launches take them."""
 
-    def upload(self, addresses: array[int]) -> Any:
-        """A bucket's addresses, operand by operand, as launches take them; nothing waits."""
+    def resident(self, table: Addresses) -> Any:
+        """A bucket's addresses, operand by operand, as launches take them."""
+
+    def refresh(self, resident: Any, table: Addresses) -> None:
+        """Take over the gradients' addresses, of what ``resident`` returned; nothing waits."""
 
     def launch(
         self,
         kernel: Any,
-        table: Any,
+        resident: Any,
         extent: Any,
         scalars: Sequence[float],
         values: Mapping[str, Tensor],
+        counts: Mapping[str, Tensor],
     ) -> None:
         """Run a kernel on a bucket, in place.
 
         Args:
             kernel: what ``kernel`` returned.
-            table: what ``upload`` returned.
+            resident: what ``resident`` returned.
             extent: what ``extent`` returned.
             scalars: of the program, in their order.
             values: 0-dim tensors on ``device`` by their names in the program.
+            counts: of what the program counts, the tensors to store it to, by name.
         """
 
-    def total_norm(
-        self, plan: Plan, tables: Sequence[Any], extents: Sequence[Any], norm_type: float
-    ) -> Tensor | None:
-        """The norm of all gradients of the buckets of ``plan``; None where there is no kernel."""
+    def total_norm(self, plan: Plan, works: Sequence[Work], norm_type: float) -> Tensor | None:
+        """The norm of all gradients of the buckets of ``plan``; None where there is no kernel.
+
+        Where there is, the counts of the buckets that stay on the device are ``seen`` as well.
+        """
 
 
 def of(device: torch.device) -> Target:
@@ -82,6 +98,7 @@ class Cpu:
     """C++ kernels on torch's number of threads."""
 
     device = torch.device("cpu")
+    waits = True
 
     def is_capturing(self) -> bool:
         """It never is."""
@@ -95,25 +112,27 @@ class Cpu:
         """The sizes, and the running sum of numbers of chunks."""
         return sizes, norm.first_chunks(sizes)
 
-    def upload(self, addresses: array[int]) -> array[int]:
+    def resident(self, table: Addresses) -> array[int]:
         """Nothing is to be done."""
-        return addresses
+        return table.addresses
+
+    def refresh(self, resident: array[int], table: Addresses) -> None:
+        """Nothing is to be done."""
 
     def launch(
         self,
         kernel: cpp.Kernel,
-        table: array[int],
+        resident: array[int],
         extent: tuple[array[int], array[int]],
         scalars: Sequence[float],
         values: Mapping[str, Tensor],
+        counts: Mapping[str, Tensor],
     ) -> None:
         """See ``Target``."""
         read = [values[name].data_ptr() for name in kernel.values]
-        kernel(table, *extent, scalars, read, threads())
+        kernel(resident, *extent, scalars, read, threads())
 
-    def total_norm(
-        self, plan: Plan, tables: Sequence[Any], extents: Sequence[Any], norm_type: float
-    ) -> Tensor | None:
+    def total_norm(self, plan: Plan, works: Sequence[Work], norm_type: float) -> Tensor | None:
         """As ``get_total_norm`` takes it, to the bit: in the order of the parameters."""
         if len(plan.dtypes) != 1 or not plan.dtypes <= norm.SERVED.get(norm_type, set()):
             return None
@@ -127,9 +146,13 @@ class Cpu:
 class Gpu:
     """Triton kernels on the current stream."""
 
+    waits = False
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._takes_norm = True
+        self._plan: Plan | None = None  # of which the counts are known
+        self._words: Tensor | None = None
 
     def is_capturing(self) -> bool:
         """See ``Target``."""
@@ -152,41 +175,68 @@ class Gpu:
             "chunks": block_list(sizes, CHUNK).to(self.device),
         }
 
-    def upload(self, addresses: array[int]) -> Tensor:
-        """See ``Target``."""
-        from compileclip.lowering.triton import on_device
+    def resident(self, table: Addresses) -> Tensor:
+        """See ``Target``; it stays where it is, for a CUDA graph reads it again."""
+        from compileclip.lowering.triton import on_device, write_addresses
 
-        return on_device(addresses, self.device)
+        resident = on_device(table.addresses, self.device)
+        # By the kernel that a capture takes: there is no compiling then.
+        write_addresses(resident[table.grads], table.addresses[table.grads])
+        return resident
+
+    def refresh(self, resident: Tensor, table: Addresses) -> None:
+        """See ``Target``."""
+        from compileclip.lowering.triton import pinned, write_addresses
+
+        addresses, place = table.addresses[table.grads], resident[table.grads]
+        if self.is_capturing():  # a replay would copy what then is in the host's memory
+            write_addresses(place, addresses)
+        else:
+            place.copy_(pinned(addresses, self.device), non_blocking=True)
 
     def launch(
         self,
         kernel: Any,
-        table: Tensor,
+        resident: Tensor,
         extent: dict[str, Tensor],
         scalars: Sequence[float],
         values: Mapping[str, Tensor],
+        counts: Mapping[str, Tensor],
     ) -> None:
         """See ``Target``."""
         read = [values[name] for name in kernel.values]
-        kernel(table, extent["sizes"], extent["blocks"], scalars, read)
+        stored = [counts[name] for name in kernel.program.counted]
+        kernel(resident, extent["sizes"], extent["blocks"], scalars, read, stored)
 
-    def total_norm(
-        self, plan: Plan, tables: Sequence[Any], extents: Sequence[Any], norm_type: float
-    ) -> Tensor | None:
+    def total_norm(self, plan: Plan, works: Sequence[Work], norm_type: float) -> Tensor | None:
         """Bucket by bucket."""
         from compileclip.lowering.triton_norm import ORDERS, List, norm_of
 
         if norm_type not in ORDERS or not self._takes_norm:
             return None
-        lists = []
-        for table, uploaded, extent in zip(plan.tables, tables, extents, strict=True):
-            row = list(table.bucket.dtypes).index("grad")
-            n = len(table.bucket.params)
-            addresses, dtype = uploaded[row * n : (row + 1) * n], table.bucket.dtypes["grad"]
-            lists.append(List(addresses, extent["sizes"], extent["chunks"], dtype))
+        lists = [
+            List(
+                work.resident[work.table.grads],
+                work.extent["sizes"],
+                work.extent["chunks"],
+                work.bucket.dtypes["grad"],
+            )
+            for work in works
+        ]
         try:
-            return norm_of(lists, norm_type)
+            return norm_of(lists, norm_type, self._pairs(plan))
         except Exception as error:  # of a compiler that another torch brings
             self._takes_norm = False
             warn_fallback("the norm's kernel", f"its first run failed: {error}", "report it")
             return None
+
+    def _pairs(self, plan: Plan) -> Tensor:
+        """The counts of the buckets that stay here, and where they are ``seen``."""
+        if plan is not self._plan:
+            from compileclip.lowering.triton_norm import words_of
+
+            buckets = [table.bucket for table in plan.tables]
+            pairs = [(b.counts[name], seen) for b in buckets for name, seen in b.seen.items()]
+            self._plan, self._words = plan, words_of(pairs, self.device)
+        assert self._words is not None
+        return self._words

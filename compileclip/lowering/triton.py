@@ -42,6 +42,7 @@ from compileclip.lowering.native import cache_folder
 from compileclip.lowering.triton_ops import statements, to_dtype, triton_type, variable
 from compileclip.program import Program, dtype_of
 
+ARGUMENTS = 32  # addresses that one launch stores
 BLOCK = 1024  # elements per Triton program: 8 per thread, two 16-byte loads of float32 in flight
 # Contraction is written out where ATen has it, and libdevice keeps subnormals as nvcc's code does.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False, "enable_reflect_ftz": False}
@@ -64,7 +65,7 @@ class Kernel:
 
     Attributes:
         program: what it was made of.
-        values: the names of ``program.values``.
+        values: what ``program.values`` stand for.
 
     Args:
         program: its operands are float32, float64, float16 or bfloat16.
@@ -75,7 +76,7 @@ class Kernel:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.values = [node.name for node in program.values]
+        self.values = [str(node.target) for node in program.values]  # a name may have been changed
         self._step = load(source(program)).compileclip_step
 
     def __call__(
@@ -85,6 +86,7 @@ class Kernel:
         blocks: Tensor,
         scalars: Sequence[float],
         values: Sequence[Tensor],
+        counts: Sequence[Tensor] = (),
     ) -> None:
         """Update N tensors on the current stream; nothing waits for the device.
 
@@ -94,12 +96,14 @@ class Kernel:
             blocks: ``block_list`` of the sizes, on the device.
             scalars: in the order of ``program.scalars``.
             values: 0-dim tensors on the device, in the order of ``program.values``.
+            counts: a tensor ``[N]`` for each of ``program.counted``, which it is stored to. None of
+                them overlaps with ``values``: those are read while these are written.
         """
         count = blocks.shape[0]
         if count == 0:
             return
         with torch.cuda.device_of(table):
-            arguments = (table, sizes, blocks, sizes.shape[0], *values, *scalars)
+            arguments = (table, sizes, blocks, sizes.shape[0], *values, *counts, *scalars)
             options = OPTIONS if torch.version.hip is None else AMD_OPTIONS
             self._step[(count,)](*arguments, BLOCK=BLOCK, **options)
 
@@ -108,10 +112,13 @@ def block_list(sizes: Sequence[int], block: int = BLOCK) -> Tensor:
     """Which tensor each block belongs to, and which of its blocks it is: int32 ``[blocks, 2]``.
 
     Args:
-        sizes: the number of elements of each tensor; one without elements has no block.
+        sizes: the number of elements of each tensor; one without elements has no block, but the
+            first has where none has elements, for step counts are to be stored all the same.
         block: how many elements make a block.
     """
     counts = (torch.tensor(sizes, dtype=torch.int64, device="cpu") + (block - 1)) // block
+    if len(counts) and not counts.any():
+        counts[0] = 1
     tensors = torch.repeat_interleave(torch.arange(len(sizes)), counts)
     first = counts.cumsum(0) - counts
     within = torch.arange(len(tensors)) - first[tensors]
@@ -120,12 +127,46 @@ def block_list(sizes: Sequence[int], block: int = BLOCK) -> Tensor:
 
 def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
     """An int64 tensor of numbers; the copy to a GPU waits for nothing."""
+    return pinned(numbers, device).to(device, non_blocking=True)
+
+
+def pinned(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """An int64 tensor on the host, out of which a copy to ``device`` is not waited for."""
     if not len(numbers):
-        return torch.empty(0, dtype=torch.int64, device=device)
-    host = torch.frombuffer(array("q", numbers), dtype=torch.int64)
-    if device.type == "cuda":  # out of pageable memory a copy would be waited for
-        return host.pin_memory().to(device, non_blocking=True)
-    return host.clone()
+        return torch.empty(0, dtype=torch.int64, device="cpu")
+    kept = numbers if isinstance(numbers, array) else array("q", numbers)
+    host = torch.frombuffer(kept, dtype=torch.int64)
+    return host.pin_memory() if device.type == "cuda" else host.clone()
+
+
+def write_addresses(place: Tensor, addresses: array[int]) -> None:
+    """Store ``addresses`` to ``place``, out of kernels' arguments, which a CUDA graph keeps.
+
+    Args:
+        place: int64 ``[N]``, contiguous, on the device.
+        addresses: N of them.
+    """
+    with torch.cuda.device_of(place):
+        for first in range(0, len(addresses), ARGUMENTS):
+            some = addresses[first : first + ARGUMENTS]
+            count, filled = len(some), [*some, *[0] * (ARGUMENTS - len(some))]
+            _writer()[(1,)](place[first:], count, *filled, num_warps=1)
+
+
+@functools.cache
+def _writer() -> Any:
+    """The kernel of ``write_addresses``."""
+    names = [f"a{i}" for i in range(ARGUMENTS)]
+    lines = [
+        *_IMPORTS[:2],
+        "",
+        "",
+        f"@triton.jit(do_not_specialize={['place', 'count', *names]!r})",
+        f"def compileclip_write(place, count, {', '.join(f'{n}: tl.int64' for n in names)}):",
+        *(f"    tl.store(place + {i}, {name}, mask={i} < count)" for i, name in enumerate(names)),
+        "",
+    ]
+    return load("\n".join(lines)).compileclip_write
 
 
 def source(program: Program) -> str:
@@ -133,6 +174,7 @@ def source(program: Program) -> str:
     operands = [variable(n) for n in program.operands]
     types = {variable(n): triton_type(dtype_of(n)) for n in program.operands}
     values, scalars = [variable(n) for n in program.values], [variable(n) for n in program.scalars]
+    counts = [f"count{i}" for i in range(len(program.counted))]
     stored = {n.name: n for n in program.operands}
     pairs = [(stored[s], n) for s, n in zip(program.stored, program.results, strict=True)]
     update = [
@@ -142,16 +184,13 @@ def source(program: Program) -> str:
         f"    return ({', '.join(to_dtype(n, dtype_of(o)) for o, n in pairs)},)",
     ]
     written = [variable(o) for o, _ in pairs]
-    unspecialised = ["table", "sizes", "blocks", "tensors", *(f"p{v}" for v in values), *scalars]
-    arguments = [
-        *("table", "sizes", "blocks", "tensors"),
-        *(f"p{v}" for v in values),
-        *(f"{s}: tl.float64" for s in scalars),
-        "BLOCK: tl.constexpr",
-    ]
+    pointers = ["table", "sizes", "blocks", "tensors", *(f"p{x}" for x in (*values, *counts))]
+    typed = [*(f"{s}: tl.float64" for s in scalars), "BLOCK: tl.constexpr"]
     step = [
-        f"@triton.jit(do_not_specialize={unspecialised!r})",
-        f"def compileclip_step({', '.join(arguments)}):",
+        f"@triton.jit(do_not_specialize={[*pointers, *scalars]!r})",
+        f"def compileclip_step({', '.join([*pointers, *typed])}):",
+        *(f"    {v} = tl.load(p{v})" for v in values),
+        *_once(program, counts),
         "    block = tl.program_id(0).to(tl.int64) * 2",
         "    tensor = tl.load(blocks + block)",
         "    start = tl.load(blocks + block + 1).to(tl.int64) * BLOCK",
@@ -159,7 +198,6 @@ def source(program: Program) -> str:
         # The row is 64 bits wide, as is the start above: there may be many tensors, and large ones.
         "    row = table + tensor",
         *(f"    a{name} = tl.load(row + tensors * {i})" for i, name in enumerate(operands)),
-        *(f"    {v} = tl.load(p{v})" for v in values),
         f"    aligned = (({' | '.join(f'a{name}' for name in operands)}) & 15) == 0",
         "    offsets = start + tl.arange(0, BLOCK)",
         "    if aligned & (start + BLOCK <= size):",
@@ -169,6 +207,25 @@ def source(program: Program) -> str:
         *_block("tail", types, [*values, *scalars], written, aligned=False),
     ]
     return "\n".join([*_IMPORTS, "", "", *update, "", "", *step, ""])
+
+
+def _once(program: Program, counts: list[str]) -> list[str]:
+    """The lines for what is one for all tensors: whether to go on, and step counts."""
+    nodes = [n for n in (*program.counts, program.condition) if n is not None]
+    if not nodes:
+        return []
+    lines = statements(program.graph, nodes)
+    if program.condition is not None:
+        lines += [f"if {variable(program.condition)} == 0:", "    return"]
+    if counts:
+        # Each Triton program stores some of each list.
+        lines += [
+            "for first in range(tl.program_id(0) * BLOCK, tensors, tl.num_programs(0) * BLOCK):",
+            "    which = first + tl.arange(0, BLOCK)",
+        ]
+        for name, node in zip(counts, program.counts, strict=True):
+            lines.append(f"    tl.store(p{name} + which, {variable(node)}, mask=which < tensors)")
+    return [f"    {line}" for line in lines]
 
 
 def _block(

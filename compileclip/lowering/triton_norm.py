@@ -93,12 +93,28 @@ class List:
     dtype: torch.dtype
 
 
-def norm_of(lists: Sequence[List], norm_type: float) -> Tensor:
+def words_of(pairs: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> Tensor:
+    """The addresses of the first element of one tensor and of another, word by word of 4 bytes.
+
+    Returns:
+        int64 ``[words, 2]`` on ``device``.
+    """
+    words = [
+        (source.data_ptr() + at, target.data_ptr() + at)
+        for source, target in pairs
+        for at in range(0, source.element_size(), 4)
+    ]
+    return on_device([address for pair in words for address in pair], device).view(-1, 2)
+
+
+def norm_of(lists: Sequence[List], norm_type: float, words: Tensor | None = None) -> Tensor:
     """The p-norm of all tensors of ``lists``, at least one, seen as one vector.
 
     Args:
         lists: on one device.
         norm_type: 1, 2 or infinity.
+        words: ``words_of`` what is to be copied on the way: step counts, which the update that
+            follows reads from the copy while it stores them.
 
     Returns:
         A 0-dim tensor, float64 if one of the lists is and else float32.
@@ -123,7 +139,9 @@ def norm_of(lists: Sequence[List], norm_type: float) -> Tensor:
                     **_FIRST,
                 )
             done += len(each.blocks)
-        _add_shares[(1,)](shares, total, count, **constants, **_SECOND)
+        copied = lists[0].addresses if words is None else words  # of which none is read, or all
+        number = 0 if words is None else len(words)
+        _add_shares[(1,)](shares, total, count, copied, number, **constants, **_SECOND)
     return total
 
 
@@ -193,15 +211,21 @@ def _take_shares(
         tl.store(share + 2 * count, tl.sum(large, 0))
 
 
-@_jit("shares", "total", "count")
+@_jit("shares", "total", "count", "words", "number")
 def _add_shares(
     shares: tl.tensor,
     total: tl.tensor,
     count: tl.tensor,
+    words: tl.tensor,
+    number: tl.tensor,
     ORDER: tl.constexpr,  # noqa: N803
     SCALED: tl.constexpr,  # noqa: N803
 ) -> None:
-    """One program: the norm from ``count`` shares."""
+    """One program: the norm from ``count`` shares; and ``number`` words are copied."""
+    for word in range(number):
+        source = tl.load(words + word * 2).to(tl.pointer_type(tl.int32))
+        target = tl.load(words + word * 2 + 1).to(tl.pointer_type(tl.int32))
+        tl.store(target, tl.load(source))
     lane = tl.arange(0, _SHARES)
     small = tl.zeros([_SHARES], tl.float64)
     medium = tl.zeros([_SHARES], tl.float64)

@@ -7,7 +7,7 @@ promotes them to, computes in the dtype that ATen computes in (float32 for 16 bi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,9 +46,16 @@ def to_dtype(node: Node, dtype: torch.dtype) -> str:
     return _convert(variable(node), dtype_of(node), dtype)
 
 
-def statements(graph: Graph) -> list[str]:
-    """One assignment per operation of a program."""
-    return [f"{variable(n)} = {_expression(n)}" for n in graph.nodes if n.op == "call_function"]
+def statements(graph: Graph, wanted: Sequence[Node] | None = None) -> list[str]:
+    """One assignment per operation of a program, or for those alone that ``wanted`` follow from."""
+    calls = [n for n in graph.nodes if n.op == "call_function"]
+    if wanted is not None:
+        needed = set(wanted)
+        for node in reversed(calls):
+            if node in needed:
+                needed.update(node.all_input_nodes)
+        calls = [n for n in calls if n in needed]
+    return [f"{variable(n)} = {_expression(n)}" for n in calls]
 
 
 def _convert(text: str, source: torch.dtype, dtype: torch.dtype) -> str:
@@ -187,6 +194,8 @@ OPERATIONS: dict[Any, Rule] = {
     ATEN.log.default: _template("libdevice.log({})", 1),
     ATEN.sign.default: _template("sign({})", 1),
     ATEN.pow.Tensor_Scalar: _template("power({}, {})", 2),
+    ATEN.pow.Scalar: _template("libdevice.pow({}, {})", 2),
+    ATEN.pow.Tensor_Tensor: _template("libdevice.pow({}, {})", 2),
     ATEN.add.Tensor: _add,
     ATEN.add.Scalar: _add,
     ATEN.sub.Tensor: _sub,

@@ -1,0 +1,87 @@
+"""The kernels of an optimizer: each program is compiled once, and its first use is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from compileclip.assemble import Kind, assemble
+from compileclip.lowering import UnsupportedError
+from compileclip.lowering.targets import Target
+from compileclip.self_check import check
+from compileclip.shadow import NotPointwiseError
+from compileclip.work import Work
+
+
+class Kernels:
+    """Those of one optimizer on one target.
+
+    Attributes:
+        compilations: how many programs were compiled.
+    """
+
+    def __init__(self, optimizer: Optimizer, target: Target) -> None:
+        self.compilations = 0
+        self._optimizer, self._target = optimizer, target
+        self._compiled: dict[Any, Any] = {}
+
+    def of(
+        self,
+        work: Work,
+        kind: Kind,
+        scalars: list[float],
+        before: Mapping[str, Any],
+        read: Mapping[str, Tensor],
+    ) -> Any:
+        """The kernel of this step of a bucket.
+
+        Args:
+            work: the bucket, whose ``scalars`` were just asked for.
+            kind: what the kernel is to do besides.
+            scalars: of this step.
+            before: the bucket's ``values`` before this step.
+            read: what the kernel reads from memory.
+
+        Raises:
+            NotPointwiseError: it does not do what the optimizer's own step does.
+            UnsupportedError: there is no code for it, or it cannot be run.
+            CompilerError: it cannot be compiled.
+        """
+        key = (id(work.recording), kind)
+        if key not in work.kernels:
+            if self._target.is_capturing():
+                raise UnsupportedError("a step in a CUDA graph is another than all before it")
+            kernel = self._kernel(work, kind)
+            self._check(work, kernel, scalars, before, read)
+            work.kernels[key] = kernel
+        return work.kernels[key]
+
+    def _kernel(self, work: Work, kind: Kind) -> Any:
+        recording = work.recording
+        new = {k: v.dtype for k, v in work.made.items() if isinstance(v, Tensor) and v.dim() > 0}
+        dtypes = work.bucket.dtypes | new
+        done = (tuple(recording.calls), tuple(recording.after.items()))
+        key = (*done, tuple(recording.counts.items()), tuple(dtypes.items()), kind)
+        if key not in self._compiled:
+            self._compiled[key] = self._target.kernel(assemble(recording, dtypes, kind))
+            self.compilations += 1
+        return self._compiled[key]
+
+    def _check(
+        self,
+        work: Work,
+        kernel: Any,
+        scalars: list[float],
+        before: Mapping[str, Any],
+        read: Mapping[str, Tensor],
+    ) -> None:
+        args = (self._optimizer, work.bucket, self._target, kernel, scalars, before)
+        try:
+            check(*args, {**read, **work.values})
+        except NotPointwiseError:
+            raise
+        except Exception as error:
+            raise UnsupportedError(f"a kernel's first run failed: {error}") from error
