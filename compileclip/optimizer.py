@@ -45,18 +45,19 @@ def wrap(
         nonfinite: what a NaN or infinite norm does. ``"propagate"``: what torch does, the gradients
             are scaled by it. ``"raise"``: ``RuntimeError``, and nothing has changed; each step
             waits for the device. ``"skip"``: parameters, state and step counts stay as they were,
-            decided on the device where the optimizer runs fused (``fused=True``) and in compiled
-            steps of torch's optimizers, else by waiting for the norm.
+            decided on the device where the optimizer runs fused (``fused=True``), in mode
+            ``"multi_tensor"`` where its class knows ``capturable`` or counts nothing, and in
+            compiled steps of torch's optimizers, else by waiting for the norm.
         write_grads: ``True``: ``p.grad`` holds the clipped gradient after the step. ``False``:
             ``p.grad`` is left untouched; the step then runs on scaled copies, at most 64 MiB (or
             one gradient) at a time for torch's optimizers, and all gradients at once for another
             class, whose step must not be split. ``None``: whichever is cheaper, so do not read
             ``p.grad`` after the step.
         mode: ``"multi_tensor"``, one kernel for all parameters of a kind, for pointwise optimizers
-            on a CPU; ``"inductor"``, which compiles the optimizer's own step with norm and scale
-            fused into the update; ``"eager"``. A mode asked for by name goes eager with one
-            ``FallbackWarning`` where it cannot be. ``"auto"`` is the first where it serves, and
-            eager elsewhere.
+            on a CPU, and by this name on a CUDA GPU; ``"inductor"``, which compiles the optimizer's
+            own step with norm and scale fused into the update; ``"eager"``. A mode asked for by
+            name goes eager with one ``FallbackWarning`` where it cannot be. ``"auto"`` is the first
+            on a CPU where it serves, and eager elsewhere.
 
     Returns:
         A ``ClippedOptimizer``.

@@ -69,20 +69,15 @@ def test_the_norm_is_the_true_one(dtype: torch.dtype, size: int, order: float) -
     tensors = [random(size, dtype), random(50_000, dtype, seed=1)]
     for some in (tensors[:1], tensors):
         expected = truth(some, order)
-        if dtype != torch.float64:
-            result = served(some, order)
-            assert result.dtype == torch.float32
-            assert result.item() == pytest.approx(expected, rel=1.2e-7)  # observed: 6e-8
+        if dtype == torch.float64 and expected == 0:
+            continue  # it may be that squares vanish
+        result = served(some, order)
+        wide = dtype == torch.float64
+        assert result.dtype == (torch.float64 if wide else torch.float32)
+        # observed: 6e-16, 6e-8
+        assert result.item() == pytest.approx(expected, rel=1e-15 if wide else 1.2e-7)
     # observed: 6e-16
     assert prepared(tensors, order).item() == pytest.approx(truth(tensors, order), rel=1e-15)
-
-
-def test_float64_norms_keep_torchs_bits() -> None:
-    tensors = [random(1000, torch.float64), random(7, torch.float64)]
-    assert norm.total_norm(tensors, 2.0) is None
-    assert same(compileclip.get_total_norm(tensors), torch.nn.utils.get_total_norm(tensors))
-    exact = torch.tensor(truth(tensors, math.inf), dtype=torch.float64)
-    assert same(served(tensors, math.inf), exact)
 
 
 def emulated(tensor: Tensor) -> float:
@@ -105,8 +100,19 @@ def test_the_order_of_the_sums_is_fixed(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_threads_and_grouping_leave_the_bits(order: float) -> None:
-    tensors = [random(n, seed=n) for n in (0, 3, 70_001, 0, 0, 1, CHUNK, 2 * CHUNK, 5, 0)]
+@pytest.mark.parametrize("dtype", norm.CODES)
+def test_threads_and_grouping_leave_the_bits(dtype: torch.dtype, order: float) -> None:
+    sizes = (0, 3, 70_001, 0, 0, 1, CHUNK, 2 * CHUNK, 5, 0)
+    tensors = [random(n, dtype, seed=n) for n in sizes]
+    usual = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            found.append(served(tensors, order))
+    finally:
+        torch.set_num_threads(usual)
+    assert all(same(each, found[0]) for each in found)
     for threads in (2, 3, 100):
         assert same(prepared(tensors, order, threads), prepared(tensors, order))
     # Neighbours that add nothing move a tensor's chunks to other threads, and change no bit.
@@ -183,6 +189,9 @@ def layouts() -> list[Any]:
         pytest.param(base.clone().requires_grad_() * 2, id="requires_grad"),
         pytest.param(torch._neg_view(base), id="negated lazily"),
         pytest.param(raw.copy_(random(100)), id="misaligned"),
+        pytest.param(base[:12].expand(3, 12), id="expanded"),
+        pytest.param(base[:12].as_strided((3, 5), (3, 1)), id="overlapping"),
+        pytest.param(base[::2], id="with gaps"),
     ]
 
 
@@ -197,9 +206,6 @@ def refused() -> list[Any]:
     base, subclass = random(12), type("Subclass", (Tensor,), {})
     return [
         *(pytest.param(base, order, id=f"order {order}") for order in (3.0, 0.0, -2.0, -math.inf)),
-        pytest.param(base.expand(3, 12), 2.0, id="expanded"),
-        pytest.param(base.as_strided((3, 5), (3, 1)), 2.0, id="overlapping"),
-        pytest.param(base[::2], 2.0, id="with gaps"),
         pytest.param(base.to(torch.complex64), 2.0, id="complex"),
         pytest.param(base.as_subclass(subclass), 2.0, id="subclass"),
         pytest.param(base.view(3, 4).to_sparse(), 2.0, id="sparse"),

@@ -27,8 +27,7 @@ from compileclip.lowering import CHUNK, threads
 
 # What the kernel calls the dtypes.
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-# The 2-norm of float64 tensors stays with torch's kernels, and so keeps their bits.
-SERVED = {2.0: CODES.keys() - {torch.float64}, math.inf: CODES.keys()}
+SERVED = {2.0: CODES.keys(), math.inf: CODES.keys()}
 _PLAIN = {Tensor, Parameter}
 _CPU = torch.device("cpu")
 _dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
@@ -203,8 +202,8 @@ extern "C" int compileclip_norm(void* out, int out_dtype, int64_t n, const uint6
 def total_norm(tensors: Sequence[Tensor], order: float) -> Tensor | None:
     """The norm of ``tensors`` seen as one vector, where the kernel serves them.
 
-    It serves plain dense tensors on a CPU, in any permutation of a contiguous layout: of float32,
-    bfloat16 and float16 for p = 2 and inf, of float64 too for inf.
+    It serves plain tensors on a CPU for p = 2 and inf. Those without gaps are read in the order of
+    their memory, of others a copy in their own order.
 
     Args:
         tensors: at least one tensor of any kind.
@@ -221,8 +220,8 @@ def total_norm(tensors: Sequence[Tensor], order: float) -> Tensor | None:
     if not served >= dtypes or not all(map(_is_cpu, tensors)) or not _runs_for_real():
         return None
     try:
-        if not all(map(Tensor.is_contiguous, tensors)) and not all(map(is_dense, tensors)):
-            return None
+        if not all(map(Tensor.is_contiguous, tensors)):
+            tensors = [t if is_dense(t) else t.contiguous() for t in tensors]
         pointers = array("Q", list(map(Tensor.data_ptr, tensors)))
     except RuntimeError:  # a sparse tensor, a wrapper of functorch's: there is no memory to read
         return None
