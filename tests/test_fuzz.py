@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -122,9 +123,9 @@ class Twins:
 
 
 def largest(*tensors: Tensor | None) -> float:
-    """The largest absolute value."""
-    sizes = [t.detach().abs().max().item() for t in tensors if t is not None and t.numel()]
-    return max(sizes, default=0.0)
+    """The largest absolute value that is finite."""
+    found = [t.detach().abs().flatten() for t in tensors if t is not None]
+    return max((t[t.isfinite()].max().item() for t in found if t.isfinite().any()), default=0.0)
 
 
 def test_memory_shared_with_one_that_is_not_served() -> None:
@@ -140,6 +141,11 @@ def test_memory_shared_with_one_that_is_not_served() -> None:
             opt.step()
         found.append(whole)
     assert_same(found[:1], found[1:], "parameter")
+
+
+def test_what_is_not_finite_leaves_the_bound_of_the_rest() -> None:
+    """Found by fuzzing: NaN in a gradient, and a last digit in half precision."""
+    assert largest(torch.tensor([1.0, math.nan, -9.0, math.inf]), torch.zeros(0), None) == 9.0
 
 
 def test_every_maker_is_served() -> None:
