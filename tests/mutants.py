@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-QUICK = "tests/test_functional.py tests/test_wrapper.py"
+QUICK = "tests/test_functional.py tests/test_functional_as_torch.py tests/test_wrapper.py"
 
 # (what, file, old text, new text, tests)
 MUTANTS = [
