@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_same_optimizer, clone_params, params_like, set_grads
-from test_buckets import Lion
 from torch import Tensor
 from torch.optim import (
     ASGD,
@@ -25,6 +24,7 @@ from torch.optim import (
     RAdam,
     RMSprop,
 )
+from twins import Lion
 
 import compileclip
 from compileclip.capture import ChangedError

@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same, assert_same_optimizer, flat_state, params_like, set_grads
+from inductor_runs import fresh, largest_difference, wrapped
 from runs import Run
 from test_optim_db import all_params, give_gradients, grads_of, make
-from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 from torch.testing._internal.common_optimizers import optim_db
 
 import compileclip
-from compileclip import fallback
 from compileclip.fallback import FallbackWarning
+
+__all__ = ["fresh"]
 
 STEPS = 8
 # Inductor keeps half precision in float32 between operations where eager rounds, and contracts
@@ -39,26 +40,6 @@ INPUTS = [
     if not info.only_supports_sparse_grads
     for i, given in enumerate(info.optim_inputs_func(device="cpu"))
 ]
-
-
-@pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch._dynamo.reset()
-    monkeypatch.setattr(fallback, "_said", set())  # a warning said in another test is said again
-
-
-def largest_difference(ours: Any, theirs: Any) -> float:
-    """Relative to 1 + |value|; infinite where one is finite and the other is not."""
-    worst = 0.0
-    for a, b in zip(ours, theirs, strict=True):
-        if not isinstance(a, Tensor):
-            assert a == b
-            continue
-        a, b = a.detach().double(), b.detach().double()
-        assert torch.equal(a.isfinite(), b.isfinite())
-        difference = ((a - b).abs() / (1 + b.abs())).nan_to_num(0.0)
-        worst = max(worst, difference.max().item() if difference.numel() else 0.0)
-    return worst
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -86,19 +67,6 @@ def test_every_optimizer(info: Any, kwargs: Any, dtype: torch.dtype) -> None:
     print(f"observed {worst:.1e}")
     assert worst <= (MUON if info.name == "Muon" else TOLERANCES[dtype])
     assert ours._modes.compiled.compilations <= 2
-
-
-def assert_one_fallback(caught: list[Any], cause: str) -> None:
-    messages = [str(w.message) for w in caught if w.category is FallbackWarning]
-    assert len(messages) == 1
-    assert cause in messages[0]
-
-
-def wrapped(make: Any = None, **options: Any) -> Any:
-    torch.manual_seed(0)
-    params = params_like([(3, 3), (4,)])
-    inner = make(params) if make else SGD(params, lr=0.1, momentum=0.9)
-    return compileclip.wrap(inner, 1.0, mode="inductor", **options)
 
 
 def test_write_grads_stores_the_clipped_gradient() -> None:
@@ -179,20 +147,6 @@ def test_compilations_with_cycling_betas(foreach: bool) -> None:
     assert largest_difference(ours.model.parameters(), theirs.model.parameters()) < 1e-4
 
 
-@torch._dynamo.config.patch(recompile_limit=2)
-def test_what_changes_at_every_step_ends_in_one_warning() -> None:
-    opt, twin = wrapped(), compileclip.wrap(wrapped().optimizer, 1.0, mode="eager")
-    with warnings.catch_warnings(record=True) as caught:
-        for step in range(6):
-            for o in (opt, twin):
-                set_grads(all_params(o), step)
-                o.param_groups[0]["nesterov"] = step % 2 == 0
-                o.param_groups[0]["maximize"] = step % 3 == 0
-                o.step()
-    assert_one_fallback(caught, "recompile_limit")
-    assert largest_difference(all_params(opt), all_params(twin)) < 1e-5
-
-
 def test_hooks_state_dict_and_copies() -> None:
     log: list[str] = []
     opt = wrapped()
@@ -250,80 +204,6 @@ def test_third_party_optimizer() -> None:
                 o.step()
             assert torch.equal(opt.total_norm, twin.total_norm)
     assert largest_difference(all_params(opt), all_params(twin)) < 1e-6
-
-
-class Untraceable(SGD):
-    """Its step reads a value on the host, which a full graph cannot."""
-
-    def step(self, closure: Any = None) -> None:
-        if self.param_groups[0]["params"][0].detach().sum().item() > 1e9:
-            raise AssertionError
-        with open("/dev/null") as file:
-            file.read()
-        for p in self.param_groups[0]["params"]:
-            p.data.add_(p.grad, alpha=-0.1)
-
-
-def sparse(opt: Any) -> None:
-    p = all_params(opt)[0]
-    p.grad = p.grad.to_sparse()
-
-
-@pytest.mark.parametrize(
-    ("make", "prepare", "cause"),
-    [
-        (Untraceable, None, "run it in eager mode"),
-        (lambda p: AdamW(p, fused=True), None, "fused=True"),
-        (lambda p: SGD(p, lr=0.1), sparse, "sparse"),
-    ],
-)
-def test_falls_back_to_eager_with_one_warning(make: Any, prepare: Any, cause: str) -> None:
-    opt, twin = wrapped(make), wrapped(make)
-    twin = compileclip.wrap(twin.optimizer, 1.0, mode="eager")
-    with warnings.catch_warnings(record=True) as caught:
-        for step in range(3):
-            for o in (opt, twin):
-                set_grads(all_params(o), step, scale=3)
-                if prepare:
-                    prepare(o)
-                o.step()
-    assert_one_fallback(caught, cause)
-    assert f"why eager: {opt._modes.compiled.refusal.cause}" in opt.explain()
-    assert_same_optimizer(opt, twin)
-    assert torch.equal(opt.total_norm, twin.total_norm)
-
-
-def test_no_compiler_falls_back_to_eager() -> None:
-    from torch._inductor import config
-
-    opt, twin = wrapped(), compileclip.wrap(wrapped().optimizer, 1.0, mode="eager")
-    no_compiler = {"cpp.cxx": ("/no/such/compiler",), "force_disable_caches": True}
-    with config.patch(no_compiler), warnings.catch_warnings(record=True) as caught:
-        for step in range(3):
-            for o in (opt, twin):
-                set_grads(all_params(o), step, scale=3)
-                o.step()
-    assert_one_fallback(caught, "compiler")
-    assert_same_optimizer(opt, twin)
-
-
-@pytest.mark.parametrize("how", ["stance", "environment"])
-def test_compiling_switched_off(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    opt, twin = wrapped(), wrapped()
-    twin = compileclip.wrap(twin.optimizer, 1.0, mode="eager")
-    for step in range(3):
-        for o in (opt, twin):
-            set_grads(all_params(o), step, scale=3)
-        twin.step()
-        if how == "environment":
-            monkeypatch.setenv("COMPILECLIP_DISABLE", "1")
-            opt.step()
-        else:
-            with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
-                warnings.simplefilter("ignore", FallbackWarning)
-                opt.step()
-    assert_same_optimizer(opt, twin)
-    assert torch.equal(opt.total_norm, twin.total_norm)
 
 
 def test_gradients_that_come_and_go() -> None:

@@ -13,7 +13,7 @@ from lowering_programs import aten, program
 from torch import Tensor
 
 import compileclip
-from compileclip.lowering import CHUNK, cpp, norm
+from compileclip.lowering import CHUNK, cpp, norm, norm_source
 
 NORESERVE = 0x4000  # Linux's MAP_NORESERVE, which mmap does not name
 # What the code may have as an int: it counts neither elements nor chunks nor tensors.
@@ -57,7 +57,7 @@ def test_the_norm_reaches_them(order: float) -> None:
 
 def test_generated_code_counts_in_64_bits() -> None:
     made = program(lambda a: {"a": aten.neg.default(a)}, {"a": torch.float32})
-    for text in (cpp.source(made), norm._SOURCE):
+    for text in (cpp.source(made), norm_source.SOURCE):
         loops = re.findall(r"for \((\w+) \w+ = ", text)
         assert loops
         assert {"int64_t"} <= set(loops) <= {"int64_t", "int"}

@@ -1,0 +1,199 @@
+"""The C++ of ``native_torch.py``: it looks tensors up and sees whether an optimizer has changed.
+
+``Library`` there lays out ``Torch``; ``gather.py`` lays out the other structs.
+"""
+
+from __future__ import annotations
+
+SOURCE = r"""
+#include <stdint.h>
+
+typedef void* Object;  // of Python's
+typedef void** Tensor;  // at::Tensor*, which is a handle in torch's C interface
+
+struct Torch {
+  int32_t (*data_ptr)(Tensor, uint64_t*);
+  int32_t (*dim)(Tensor, int64_t*);
+  int32_t (*sizes)(Tensor, int64_t**);
+  int32_t (*strides)(Tensor, int64_t**);
+  int32_t (*dtype)(Tensor, int32_t*);
+  int32_t (*layout)(Tensor, int32_t*);
+  int32_t (*device_type)(Tensor, int32_t*);
+  int32_t (*device_index)(Tensor, int32_t*);
+  Tensor (*grad)(void*);
+  Object (*get_item)(Object dict, Object key);
+  Object (*get_entry)(Object list, int64_t index);
+  int64_t (*length)(Object list);
+  int32_t (*next)(Object dict, int64_t* position, Object* key, Object* value);
+  void* undefined;  // what the tensor holds that stands for none
+  int64_t offset;   // of the tensor in its Python object
+  int64_t storage;  // where in what a tensor holds its storage is; it may be a guess
+
+  Tensor tensor(Object object) const { return (Tensor)((char*)object + offset); }
+  Tensor grad_of(Object object) const { return grad(*tensor(object)); }
+  void* storage_of(void* held) const { return *(void**)((char*)held + storage); }
+};
+
+struct Bucket {
+  int64_t n, names;
+  const Object *params, *states, *keys, *kept;
+  const int64_t* rows;  // of the names' tensors in the table; -1 for what is no operand
+  uint64_t* table;
+  int64_t grad_row;
+  const int64_t* shapes;  // dim, sizes and strides of one parameter after the other
+  const int64_t* starts;  // of each parameter in "shapes"
+  const int32_t* kind;    // of gradients: dtype, layout, device_type, device_index
+  const int64_t* places;  // of the gradients in "grads"
+  uint64_t* grads;
+  int64_t hints_each;
+  const Object* hints;  // objects of each parameter that are read
+};
+
+enum Status { SAME, LAYOUT, STALE };
+
+// What a step touches is spread over memory and no longer in the cache when it begins. So it is
+// fetched some parameters ahead; addresses that are no longer right cost nothing but that.
+constexpr int64_t AHEAD = 4;
+constexpr int64_t BLOCK = 128;  // parameters that a thread takes at a time
+
+static void prefetch(const void* object) {
+  for (int at = 0; at < 256; at += 64) __builtin_prefetch((const char*)object + at);
+}
+
+static void prefetch(const Torch& torch, const Bucket& bucket, int64_t now, int64_t end) {
+  const int64_t count = bucket.hints_each;
+  if (now + 3 * AHEAD < end)
+    for (int64_t k = 0; k < count; ++k) prefetch(bucket.hints[(now + 3 * AHEAD) * count + k]);
+  if (now + 2 * AHEAD < end) prefetch(*torch.grad_of(bucket.params[now + 2 * AHEAD]));
+  if (now + AHEAD < end) prefetch(torch.storage_of(*torch.grad_of(bucket.params[now + AHEAD])));
+}
+
+// Whether a tensor has the shape, and where it differs in nothing but its strides, LAYOUT.
+static Status compare(const Torch& torch, Tensor tensor, const int64_t* shape) {
+  int64_t dim, *sizes, *strides;
+  if (torch.dim(tensor, &dim) || dim != shape[0]) return STALE;
+  if (torch.sizes(tensor, &sizes) || torch.strides(tensor, &strides)) return STALE;
+  Status status = SAME;
+  bool empty = false;
+  for (int64_t d = 0; d < dim; ++d) {
+    if (sizes[d] != shape[1 + d]) return STALE;
+    if (sizes[d] > 1 && strides[d] != shape[1 + dim + d]) status = LAYOUT;
+    empty |= sizes[d] == 0;
+  }
+  return empty ? SAME : status;
+}
+
+static bool is_kind(const Torch& torch, Tensor tensor, const int32_t* kind) {
+  int32_t found[4];
+  if (torch.layout(tensor, &found[1]) || found[1] != kind[1]) return false;
+  if (torch.dtype(tensor, &found[0]) || found[0] != kind[0]) return false;
+  if (torch.device_type(tensor, &found[2]) || found[2] != kind[2]) return false;
+  return !torch.device_index(tensor, &found[3]) && found[3] == kind[3];
+}
+
+static bool has_elements(const int64_t* shape) {
+  for (int64_t d = 0; d < shape[0]; ++d)
+    if (shape[1 + d] == 0) return false;
+  return true;
+}
+
+// Look up parameter i, its gradient and its state, as it was kept.
+static Status gather(const Torch& torch, const Bucket& bucket, int64_t i) {
+  const int64_t n = bucket.n, *shape = bucket.shapes + bucket.starts[i];
+  uint64_t address;
+  const Tensor param = torch.tensor(bucket.params[i]);
+  if (torch.data_ptr(param, &address) || address != bucket.table[i]) return STALE;
+  if (compare(torch, param, shape) != SAME) return STALE;
+  const Tensor grad = torch.grad(*param);
+  if (*grad == torch.undefined || !is_kind(torch, grad, bucket.kind)) return STALE;
+  const Status layout = compare(torch, grad, shape);
+  if (layout == STALE || torch.data_ptr(grad, &address)) return STALE;
+  if (!address && has_elements(shape)) return STALE;
+  bucket.table[bucket.grad_row * n + i] = bucket.grads[bucket.places[i]] = address;
+  for (int64_t k = 0; k < bucket.names; ++k) {
+    if (bucket.rows[k] < 0) continue;
+    if (torch.data_ptr(torch.tensor(bucket.kept[k * n + i]), &address)) return STALE;
+    if (address != bucket.table[bucket.rows[k] * n + i]) return STALE;
+  }
+  return layout;
+}
+
+// Whether the state of parameter i holds the objects that were kept.
+static bool is_kept(const Torch& torch, const Bucket& bucket, int64_t i) {
+  for (int64_t k = 0; k < bucket.names; ++k)
+    if (torch.get_item(bucket.states[i], bucket.keys[k]) != bucket.kept[k * bucket.n + i])
+      return false;
+  return true;
+}
+
+static int gather(const Torch& torch, const Bucket& bucket, int64_t first, int64_t end) {
+  int status = SAME;
+  for (int64_t i = first; i < end; ++i) {
+    prefetch(torch, bucket, i, end);
+    const Status found = gather(torch, bucket, i);
+    if (found == STALE) return STALE;
+    status |= found;
+  }
+  return status;
+}
+
+extern "C" int compileclip_gather(const Torch* torch, const Bucket* bucket, int threads) {
+  const int64_t n = bucket->n, blocks = (n + BLOCK - 1) / BLOCK;
+  int status = SAME;
+#pragma omp parallel num_threads(threads) if (threads > 1 && blocks > 1) reduction(| : status)
+  {
+// Python is for the thread that called, which holds its lock.
+#pragma omp master
+    for (int64_t i = 0; i < n && status != STALE; ++i)
+      if (!is_kept(*torch, *bucket, i)) status = STALE;
+#pragma omp for schedule(dynamic)
+    for (int64_t k = 0; k < blocks; ++k)
+      status |= gather(*torch, *bucket, k * BLOCK, k * BLOCK + BLOCK < n ? k * BLOCK + BLOCK : n);
+  }
+  return status & STALE ? STALE : status;
+}
+
+struct Objects {
+  int64_t n;
+  const Object* objects;
+};
+
+// The parameters and state dictionaries of an optimizer.
+struct Optimizer {
+  int64_t groups, params_key;   // of a group's parameters, a string
+  const Objects* params;        // of each group
+  Objects owners, states;       // keys and values of the optimizer's state
+  Objects without, refused;     // no gradient; a gradient, but in no bucket
+};
+
+static bool is_same(const Torch& torch, Object list, const Objects& before) {
+  if (torch.length(list) != before.n) return false;
+  for (int64_t i = 0; i < before.n; ++i)
+    if (torch.get_entry(list, i) != before.objects[i]) return false;
+  return true;
+}
+
+static bool have_grad(const Torch& torch, const Objects& params, bool expected) {
+  for (int64_t i = 0; i < params.n; ++i)
+    if ((*torch.grad_of(params.objects[i]) != torch.undefined) != expected) return false;
+  return true;
+}
+
+// Whether an optimizer's groups, state and missing gradients are what they were.
+extern "C" int compileclip_same(const Torch* torch, const Optimizer* before, Object groups,
+                                Object state) {
+  if (torch->length(groups) != before->groups) return 0;
+  for (int64_t i = 0; i < before->groups; ++i) {
+    const Object list = torch->get_item(torch->get_entry(groups, i), (Object)before->params_key);
+    if (!list || !is_same(*torch, list, before->params[i])) return 0;
+  }
+  Object key, value;
+  int64_t position = 0, i = 0;
+  for (; torch->next(state, &position, &key, &value); ++i)
+    if (i >= before->owners.n || key != before->owners.objects[i] ||
+        value != before->states.objects[i])
+      return 0;
+  return i == before->owners.n && have_grad(*torch, before->without, false) &&
+         have_grad(*torch, before->refused, true);
+}
+"""

@@ -1,0 +1,38 @@
+"""Small cases of the benchmark, and a row that computes something else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bench import measure, rows
+from bench.case import Case
+from bench.measure import Method
+from bench.results import RowResult
+from bench.rows import Row
+from bench.runs import ClipAndStep
+
+SHAPES = ((8, 4), (3,), (70, 130))
+QUICK = Method(repetitions=2, seconds=0.0, warmup=1, compile_tensors=0, first_steps=False)
+
+
+def case(
+    optimizer: str = "AdamW", dtypes: str = "float32", shapes: Any = SHAPES, device: str = "cpu"
+) -> Case:
+    return Case("tiny", shapes, optimizer, dtypes, device)
+
+
+def run(case: Case, *chosen: Row, method: Method = QUICK) -> dict[str, RowResult]:
+    result = measure.measure(case, chosen or rows.ROWS, method, Path("/unused"))
+    return {row.name: row for row in result.rows}
+
+
+def row(name: str) -> Row:
+    return next(row for row in rows.ROWS if row.name == name)
+
+
+class Unclipped(ClipAndStep):
+    """Clips nothing."""
+
+    def step(self) -> None:
+        self.optimizer.step()

@@ -1,0 +1,187 @@
+"""mode="multi_tensor" where a step is not served, or fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_same, clone_params, params_like, set_grads
+from test_optim_db import all_params
+from torch import Tensor, nn
+from torch.optim import SGD
+from twins import SHAPES, Lion, Twins, fresh, sgd
+
+import compileclip
+from compileclip.fallback import FallbackWarning
+
+__all__ = ["fresh"]
+
+
+def test_no_memory_for_new_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then nothing has changed, and the next step makes it."""
+    params = params_like(SHAPES)
+    groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.2}]
+    opt = compileclip.wrap(Lion(groups), 1.0, mode="multi_tensor")
+    before = clone_params(params)
+    allocate = torch.empty_like
+
+    def fail(tensor: Tensor, **kwargs: Any) -> Tensor:
+        if tensor is params[3]:  # too large for the first check, which takes copies
+            raise torch.OutOfMemoryError("no memory")
+        return allocate(tensor, **kwargs)
+
+    set_grads(params, 0)
+    monkeypatch.setattr(torch, "empty_like", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        opt.step()
+    monkeypatch.undo()
+    assert_same(params, before, "parameter")
+    assert not any(opt.state.values())
+    opt.step()
+    assert all(state["steps"] == 1 for state in opt.state.values())
+
+
+def test_tied_and_overlapping_parameters() -> None:
+    (p,) = params_like([(6,)])
+    twin = clone_params([p])[0]
+
+    def build(p: Any, mode: str) -> Any:
+        halves = [nn.Parameter(p.data[:4]), nn.Parameter(p.data[2:])]
+        return compileclip.wrap(sgd(halves), 1.0, mode=mode), halves
+
+    (ours, mine), (theirs, other) = build(p, "multi_tensor"), build(twin, "eager")
+    for halves in (mine, other):
+        set_grads(halves, 0)
+    with pytest.warns(FallbackWarning, match="share memory"):
+        ours.step()
+    theirs.step()
+    assert_same([p], [twin], "memory")
+
+
+def test_one_gradient_of_two_parameters() -> None:
+    for write_grads in (None, True, False):
+        twins = Twins(shapes=[(4,), (4,)], write_grads=write_grads)
+
+        def change(i: int, p: Any, seen: list[Any] = []) -> None:  # noqa: B006
+            if i == 0:
+                seen[:] = [p.grad]
+            else:
+                p.grad = seen[0]
+
+        for seed in range(3):
+            twins.step(seed, served=write_grads is not True, change=change)
+
+
+class ByShape(SGD):
+    """Divides by the number of elements."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.add_(p.grad, alpha=-group["lr"] / p.numel())
+
+
+class Normalizes(SGD):
+    """Divides by a norm."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.add_(p.grad / (p.grad.norm() + 1), alpha=-group["lr"])
+
+
+class CountsItself(SGD):
+    """Keeps a number of its own."""
+
+    count = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        self.count += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.add_(p.grad, alpha=-group["lr"] / self.count)
+
+
+class Noisy(SGD):
+    """Adds noise."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    torch.manual_seed(0)
+                    p.add_(p.grad + torch.randn_like(p), alpha=-group["lr"])
+
+
+@pytest.mark.parametrize(
+    ("cls", "reason"),
+    [
+        (ByShape, "depends on a parameter's shape"),
+        (Normalizes, "not pointwise"),
+        (CountsItself, "changes the optimizer's 'count'"),
+        (Noisy, "draws random numbers"),
+    ],
+)
+def test_what_is_no_pointwise_step_is_refused_with_its_reason(cls: Any, reason: str) -> None:
+    twins = Twins(lambda params: cls(params, lr=0.1), shapes=[(3, 4), (5,)])
+    with pytest.warns(FallbackWarning, match=reason):
+        twins.step(0, served=False)
+    for seed in range(1, 4):
+        twins.step(seed, served=False)
+    assert reason in twins.ours.explain()
+
+
+def test_some_parameters_are_served_and_some_are_not() -> None:
+    """Complex, 0-dim and sparse ones step in eager mode, under the same norm."""
+
+    def build(mode: str) -> Any:
+        torch.manual_seed(0)
+        values = [torch.randn(3, 4), torch.tensor(2.0), torch.randn(4, dtype=torch.complex64)]
+        params = [nn.Parameter(v) for v in values]
+        return compileclip.wrap(SGD(params, lr=0.1, momentum=0.9), 0.5, mode=mode)
+
+    ours, theirs = build("auto"), build("eager")
+    for seed in range(3):
+        for opt in (ours, theirs):
+            set_grads(all_params(opt), seed)
+            opt.step()
+        assert torch.equal(ours.total_norm, theirs.total_norm)
+        assert_same(all_params(ours), all_params(theirs), "parameter")
+    text = ours.explain()
+    assert "multi_tensor" in text
+    assert "eager" in text
+    assert all(p.grad is not None for p in all_params(ours))
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    from compileclip.lowering import native
+
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    native.load.cache_clear()
+    twins = Twins(lambda params: SGD(params, lr=0.1, dampening=0.5, momentum=0.25))
+    with pytest.warns(FallbackWarning, match="no C\\+\\+ compiler 'no-such-compiler'"):
+        twins.step(0, served=False)
+    twins.step(1, served=False)
+
+
+def test_a_kernel_that_is_wrong_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    from compileclip.lowering import cpp
+
+    run = cpp.Kernel.__call__
+
+    def wrong(self: Any, table: Any, sizes: Any, chunks: Any, scalars: Any, *rest: Any) -> None:
+        run(self, table, sizes, chunks, [s * 1.01 for s in scalars], *rest)
+
+    monkeypatch.setattr(cpp.Kernel, "__call__", wrong)
+    twins = Twins()
+    with pytest.warns(FallbackWarning, match="the compiled step makes another"):
+        twins.step(0, served=False)
+    twins.step(1, served=False)
