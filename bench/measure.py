@@ -30,6 +30,8 @@ class Method:
     Attributes:
         repetitions: timed steps per row, at least.
         seconds: more steps are timed until all rows together took so long.
+        blocks: in how many blocks a small case is timed, others between them: what disturbs a
+            shared machine may last longer than all steps of one.
         warmup: steps before them, besides the two of the check.
         cold: whether caches are flushed before each step; else new gradients were just written.
         compile_tensors: rows compiled tensor by tensor run up to so many.
@@ -39,6 +41,7 @@ class Method:
 
     repetitions: int = 30
     seconds: float = 3.0
+    blocks: int = 4
     warmup: int = 5
     cold: bool = False
     compile_tensors: int = 200
@@ -46,64 +49,89 @@ class Method:
     first_step_limit: float = 600.0
 
 
-def measure(
-    case: Case,
-    chosen: Sequence[Row],
-    method: Method,
-    caches: Path,
-    on_progress: Callable[[str], object] = lambda what: None,
-) -> CaseResult:
-    """Measure ``chosen`` rows of ``case``; a row that fails leaves the others alone.
+class Measurement:
+    """The rows of a case, checked and ready to be timed."""
 
-    Args:
-        case: the work.
-        chosen: the rows.
-        method: how.
-        caches: a folder for the caches of rows that compile; what runs afterwards in this process
-            may use them.
-        on_progress: told what is being done.
+    def __init__(
+        self,
+        case: Case,
+        chosen: Sequence[Row],
+        method: Method,
+        caches: Path,
+        on_progress: Callable[[str], object] = lambda what: None,
+    ) -> None:
+        """Check ``chosen`` rows of ``case``; a row that fails leaves the others alone.
 
-    Raises:
-        NotRunError: the case cannot be measured at all.
-    """
-    check_fits(case)
-    result = CaseResult(case.to_json(), case.title, rows=[RowResult(row.name) for row in chosen])
-    folders: dict[str, Path] = {}
-    # Before this process takes memory, of which the others need as much.
-    for row, found in zip(chosen, result.rows, strict=True):
-        if method.first_steps and row.compiles and _may_compile(row, case, method):
-            on_progress(f"first steps of {row.name}")
-            folders[row.name] = folder = Path(tempfile.mkdtemp(dir=caches))
-            times = first_steps(case, row.name, folder, method.first_step_limit)
-            found.first_cold_s, found.first_warm_s = times
-    on_progress("tensors")
-    work = Workload(case)
-    result.bytes_per_parameter = work.needed_bytes / case.elements
-    _rows(work, chosen, method, result, folders, on_progress)
-    del work
-    _empty()
-    return result
+        Args:
+            case: the work.
+            chosen: the rows.
+            method: how.
+            caches: a folder for the caches of rows that compile; what runs afterwards in this
+                process may use them.
+            on_progress: told what is being done.
 
+        Raises:
+            NotRunError: the case cannot be measured at all.
+        """
+        check_fits(case)
+        self._method, self._tell = method, on_progress
+        self._result = CaseResult(case.to_json(), case.title)
+        self._result.rows = [RowResult(row.name) for row in chosen]
+        pairs = list(zip(chosen, self._result.rows, strict=True))
+        folders: dict[str, Path] = {}
+        # Before this process takes memory, of which the others need as much.
+        for row, found in pairs:
+            if method.first_steps and row.compiles and _may_compile(row, case, method):
+                on_progress(f"first steps of {row.name}")
+                folders[row.name] = folder = Path(tempfile.mkdtemp(dir=caches))
+                times = first_steps(case, row.name, folder, method.first_step_limit)
+                found.first_cold_s, found.first_warm_s = times
+        on_progress("tensors")
+        work = Workload(case)
+        self._result.bytes_per_parameter = work.needed_bytes / case.elements
+        self._runs: dict[str, Run] = {}
+        self._times: dict[str, Times] = {}
+        torch.compiler.reset()  # another case is no recompilation, of which there may be a few only
+        for row, found in pairs:
+            on_progress(f"check of {row.name}")
+            with use_caches(folders.get(row.name)):  # filled already
+                run = _checked(row, work, method, found)
+            if run is not None:
+                self._runs[row.name] = run
 
-def _rows(
-    work: Workload,
-    chosen: Sequence[Row],
-    method: Method,
-    result: CaseResult,
-    folders: dict[str, Path],
-    on_progress: Callable[[str], object],
-) -> None:
-    runs: dict[str, Run] = {}
-    torch.compiler.reset()  # another case is no recompilation, of which there may be a few only
-    for row, found in zip(chosen, result.rows, strict=True):
-        on_progress(f"check of {row.name}")
-        with use_caches(folders.get(row.name)):  # filled already
-            run = _checked(row, work, method, found)
-        if run is not None:
-            runs[row.name] = run
-    if runs:
-        _time(runs, method, result, on_progress)
-    _profile(runs, result, on_progress)
+    def time(self, blocks: int = 1) -> None:
+        """Take the times of one of ``blocks`` blocks."""
+        if not self._runs:
+            return
+        method, rounds = self._method, itertools.count(1)
+        device = next(iter(self._runs.values())).work.params[0].device
+        self._tell("round 1")
+        times, errors = interleave(
+            self._runs,
+            Clock(device, method.cold),
+            -(-method.repetitions // blocks),
+            method.warmup,
+            method.seconds / blocks,
+            lambda: self._tell(f"round {next(rounds)}"),
+        )
+        for name, error in errors.items():
+            found = next(row for row in self._result.rows if row.name == name)
+            found.fail(*explain(error))
+            del self._runs[name]
+            self._times.pop(name, None)
+        for name, more in times.items():
+            self._times.setdefault(name, Times()).extend(more)
+
+    def finish(self) -> CaseResult:
+        """What was found; the tensors are let go."""
+        for found in self._result.rows:
+            if found.name in self._times:
+                _store(found, self._times[found.name])
+        derive(self._result, self._times)
+        _profile(self._runs, self._result, self._tell)
+        self._runs.clear()
+        _empty()
+        return self._result
 
 
 def _may_compile(row: Row, case: Case, method: Method) -> bool:
@@ -151,30 +179,6 @@ def explain(error: Exception) -> tuple[str, str]:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return "failed", "out of memory"
     return "failed", f"{type(error).__name__}: {reason}"
-
-
-def _time(
-    runs: dict[str, Run], method: Method, result: CaseResult, on_progress: Callable[[str], object]
-) -> None:
-    device = next(iter(runs.values())).work.params[0].device
-    clock = Clock(device, method.cold)
-    rounds = itertools.count(1)
-    on_progress("round 1")
-    times, errors = interleave(
-        runs,
-        clock,
-        method.repetitions,
-        method.warmup,
-        method.seconds,
-        lambda: on_progress(f"round {next(rounds)}"),
-    )
-    for found in result.rows:
-        if found.name in errors:
-            found.fail(*explain(errors[found.name]))
-            del runs[found.name]
-        elif found.name in times:
-            _store(found, times[found.name])
-    derive(result, times)
 
 
 def _store(found: RowResult, times: Times) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from bench import environment, rows, tables
 from bench.case import Case, NotRunError
 from bench.environment import ROOT
-from bench.measure import Method, explain, measure
+from bench.measure import Measurement, Method, explain
 from bench.results import CaseResult, Report
 from bench.rows import Row
 
@@ -48,13 +49,8 @@ def run_cases(
         tempfile.TemporaryDirectory(prefix="bench-caches-") as caches,
         tqdm(total=len(cases), unit="case", mininterval=interval) as bar,
     ):
-        for case in cases:
-            bar.set_description_str(case.name)
-            if bar.format_dict["elapsed"] < 60 * args.minutes:
-                result = measure_case(case, chosen or rows.ROWS, method, Path(caches), bar)
-            else:
-                reason = f"the time is up (--minutes {args.minutes:g})"
-                result = CaseResult(case.to_json(), case.title, reason=reason)
+        measured = _results(cases, chosen or rows.ROWS, method, Path(caches), args.minutes, bar)
+        for result in measured:
             report.cases.append(result)
             tqdm.write(tables.case_table(result), file=sys.stdout)
             report.write(path)
@@ -62,16 +58,52 @@ def run_cases(
     return report, path
 
 
-def measure_case(
-    case: Case, chosen: Sequence[Row], method: Method, caches: Path, bar: tqdm
-) -> CaseResult:
-    """Measure ``case``; if that cannot be, say why in its result."""
-    try:
-        return measure(case, chosen, method, caches, lambda what: _show(bar, what))
-    except NotRunError as error:
-        reason = str(error)
-    except Exception as error:
-        reason = ": ".join(explain(error))
+def _results(
+    cases: Sequence[Case],
+    chosen: Sequence[Row],
+    method: Method,
+    caches: Path,
+    minutes: float,
+    bar: tqdm,
+) -> Iterator[CaseResult]:
+    """Measure ``cases``: first the small ones in turns, block by block, then each of the others."""
+    small = [case for case in cases if case.is_small]
+    waiting: list[tuple[Case, Measurement]] = []
+    for case in [*small, *(case for case in cases if not case.is_small)]:
+        bar.set_description_str(case.name)
+        try:
+            if bar.format_dict["elapsed"] >= 60 * minutes:
+                raise NotRunError(f"the time is up (--minutes {minutes:g})")
+            found = Measurement(case, chosen, method, caches, lambda what: _show(bar, what))
+            waiting.append((case, found))
+        except Exception as error:
+            yield _failed(case, error)
+        if case is small[-1] if case.is_small else True:
+            yield from _in_blocks(waiting, method.blocks if case.is_small else 1, bar)
+            waiting.clear()
+
+
+def _in_blocks(
+    waiting: list[tuple[Case, Measurement]], blocks: int, bar: tqdm
+) -> Iterator[CaseResult]:
+    """Time all that are ``waiting``."""
+    errors: dict[Case, Exception] = {}
+    for _, (case, measurement) in itertools.product(range(blocks), waiting):
+        bar.set_description_str(case.name)
+        try:
+            if case not in errors:
+                measurement.time(blocks)
+        except Exception as error:
+            errors[case] = error
+    for case, measurement in waiting:
+        try:
+            yield _failed(case, errors[case]) if case in errors else measurement.finish()
+        except Exception as error:
+            yield _failed(case, error)
+
+
+def _failed(case: Case, error: Exception) -> CaseResult:
+    reason = str(error) if isinstance(error, NotRunError) else ": ".join(explain(error))
     return CaseResult(case.to_json(), case.title, reason=reason)
 
 

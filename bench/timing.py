@@ -26,6 +26,11 @@ class Times:
     device: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
 
+    def extend(self, more: Times) -> None:
+        """Add what was timed later."""
+        self.device += more.device
+        self.host += more.host
+
 
 @dataclass(frozen=True)
 class Summary:

@@ -23,7 +23,9 @@ def case(
 
 
 def run(case: Case, *chosen: Row, method: Method = QUICK) -> dict[str, RowResult]:
-    result = measure.measure(case, chosen or rows.ROWS, method, Path("/unused"))
+    measured = measure.Measurement(case, chosen or rows.ROWS, method, Path("/unused"))
+    measured.time()
+    result = measured.finish()
     return {row.name: row for row in result.rows}
 
 

@@ -120,6 +120,6 @@ def test_a_mode_that_falls_back_is_not_timed(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_too_large_and_not_there() -> None:
     with pytest.raises(NotRunError, match=r"needs .* GiB of memory, .* are free"):
-        measure.measure(case(shapes=((10**13,),)), rows.ROWS, QUICK, Path("/unused"))
+        measure.Measurement(case(shapes=((10**13,),)), rows.ROWS, QUICK, Path("/unused"))
     with pytest.raises(NotRunError, match="no device 'cuda:77'"):
-        measure.measure(case(device="cuda:77"), rows.ROWS, QUICK, Path("/unused"))
+        measure.Measurement(case(device="cuda:77"), rows.ROWS, QUICK, Path("/unused"))

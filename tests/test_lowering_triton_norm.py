@@ -94,7 +94,14 @@ def test_loads_are_wide_and_nothing_is_atomic(dtype: torch.dtype, order: str) ->
         **triton_norm._FIRST,
     )
     second = compile_ptx(
-        triton_norm._add_shares, shares, torch.zeros(()), 1, **constants, **triton_norm._SECOND
+        triton_norm._add_shares,
+        shares,
+        torch.zeros(()),
+        1,
+        numbers,
+        1,
+        **constants,
+        **triton_norm._SECOND,
     )
     wide = "v2.b64" if dtype == torch.float64 else "v4.b32"
     assert first.count(f"ld.global.{wide}") == 16 * dtype.itemsize // 16
