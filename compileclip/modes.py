@@ -71,6 +71,11 @@ class Modes:
         report(norm)
         eager.update(self._optimizer, settings, grads, norm)
 
+    def set_bound(self, max_norm: float | None) -> None:
+        """Let it be known at once, for a CUDA graph is replayed without a call of ``step``."""
+        if self.kernels is not None:
+            self.kernels.set_bound(max_norm)
+
     def taken(self, settings: ClipSettings, param: Tensor) -> str:
         """The mode that ``param`` is stepped with, as far as is known before the first step."""
         if settings.mode == "eager" or _disabled():

@@ -27,7 +27,7 @@ from compileclip.plan import Copied, Plan, staying
 from compileclip.settings import ClipSettings
 from compileclip.shadow import NotPointwiseError
 from compileclip.traced import CannotCompileError
-from compileclip.work import Work, restore
+from compileclip.work import Work, extend, restore
 
 OTHER_MODES = 'take mode="inductor" or mode="eager"'
 
@@ -164,6 +164,8 @@ class MultiTensorStep:
             return 'a CUDA graph is being captured, in which nonfinite="raise" cannot be'
         if self.refused:
             return "a CUDA graph is being captured, and not all parameters are served"
+        if settings.max_norm not in (None, self._filled):
+            return "a CUDA graph is being captured, in which max_norm cannot be set"
         if not all(work.decides for work in self._works):
             return "a CUDA graph is being captured, which would repeat this step's count"
         return None
@@ -205,9 +207,7 @@ class MultiTensorStep:
         """
         assert self._plan is not None
         plan = self._plan
-        if settings.max_norm is not None and settings.max_norm != self._filled:
-            self._max_norm.fill_(settings.max_norm)
-            self._filled = settings.max_norm
+        self.set_bound(settings.max_norm)
         try:
             stepped = self._step(settings, copies, norm, scaler)
         except (NotPointwiseError, UnsupportedError, CompilerError) as reason:
@@ -217,6 +217,12 @@ class MultiTensorStep:
                 self._refuse(reason)
             return plan.params
         return [p for p, _ in plan.refused] if stepped else []
+
+    def set_bound(self, max_norm: float | None) -> None:
+        """Have kernels clip to ``max_norm``, those of a CUDA graph too; nothing waits."""
+        if max_norm not in (None, self._filled) and not self._target.is_capturing():
+            self._max_norm.fill_(max_norm)  # type: ignore[arg-type]  # it is not None
+            self._filled = max_norm
 
     def _pass(self, settings: ClipSettings) -> InsertNormAndScale:
         clip = settings.max_norm is not None
@@ -247,7 +253,9 @@ class MultiTensorStep:
                     self._kernels.of(work, kind, found, before, read)
                     for work, found, before in zip(self._works, scalars, saved, strict=True)
                 ]
-                self._extend()
+                if any(work.made for work in self._works):
+                    self._plan = None  # there will be more state
+                    extend(self._works, self._target)
         except BaseException:
             self._restore(saved)
             raise
@@ -279,23 +287,3 @@ class MultiTensorStep:
             decides and scaler.found_inf is not None,
             decides and settings.nonfinite == "skip",
         )
-
-    def _extend(self) -> None:
-        """Allocate the state that this step makes, all of it or none."""
-        tables = [work.table for work in self._works]
-        news = [work.made for work in self._works]
-        for work, made in zip(self._works, news, strict=True):
-            if not made:
-                continue
-            self._plan = None  # there is more state now
-            try:
-                work.table = work.table.extended(work.bucket.extended(made))
-                work.resident = self._target.resident(work.table)
-                work.bucket.look()
-            except BaseException:
-                for other, table, names in zip(self._works, tables, news, strict=True):
-                    other.table = table
-                    for state in table.bucket.states:
-                        for name in names:
-                            state.pop(name, None)
-                raise

@@ -177,6 +177,7 @@ class ClippedOptimizer(Delegate):
     @max_norm.setter
     def max_norm(self, value: float | None) -> None:
         self._settings = replace(self._settings, max_norm=value)
+        self._modes.set_bound(self._settings.max_norm)
 
     @property
     def norm_type(self) -> float:

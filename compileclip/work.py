@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -210,3 +210,22 @@ def tensors(leader: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, A
         k: torch.full_like(v, before[k]) if isinstance(v, Tensor) else before[k]
         for k, v in leader.items()
     }
+
+
+def extend(works: Sequence[Work], target: Target) -> None:
+    """Allocate the state that this step makes, all of it or none."""
+    tables = [work.table for work in works]
+    news = [work.made for work in works]
+    try:
+        for work, made in zip(works, news, strict=True):
+            if made:
+                work.table = work.table.extended(work.bucket.extended(made))
+                work.resident = target.resident(work.table)
+                work.bucket.look()
+    except BaseException:
+        for work, table, names in zip(works, tables, news, strict=True):
+            work.table = table
+            for state in table.bucket.states:
+                for name in names:
+                    state.pop(name, None)
+        raise

@@ -197,7 +197,10 @@ def test_hyperparameters_and_the_bound_change_without_a_compilation(device: str)
             ours.step()
         theirs.step()
         check(ours, theirs)
-    assert ours._modes.kernels.compilations == 1
+    kernels = ours._modes.kernels
+    assert kernels.compilations == 1
+    ours.max_norm = 7.5  # as a captured step is to see it
+    assert kernels._max_norm.item() == 7.5
 
 
 def test_a_learning_rate_on_the_device(device: str) -> None:
@@ -377,6 +380,8 @@ def test_capture_and_replay(name: str, tensors: int) -> None:
         give((theirs,), seed, math.nan if seed == 5 else None)
         for g, p in zip(fixed, all_params(theirs), strict=True):
             g.copy_(p.grad)
+        if seed == 7:
+            ours.max_norm = theirs.max_norm = 0.25
         graph.replay()
         theirs.step()
         assert same(ours.total_norm, theirs.total_norm)
