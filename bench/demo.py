@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
 
 import torch
 
 from bench import report
+from bench.argument_types import integer, positive
 from bench.gpt import HEAD_SIZE, GPTConfig, read_text
 from bench.training import train
 from bench.updates import Recipe
@@ -49,13 +49,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     sizes, recipe = GPTConfig(), Recipe()
-    steps, count = _integer(MIN_STEPS), _integer(1)
+    steps, count = integer(MIN_STEPS), integer(1)
     add("--steps", type=steps, default=recipe.steps, help=f"at least {MIN_STEPS}")
     add("--device", type=_device, default="cpu", help="cpu, cuda, cuda:1, ...")
     add("--seeds", type=_seeds, default="0", help="of weights and batches: 0 or 0,1,2")
     add("--out", type=_png, default="demo.png", help="where the figure goes, a PNG")
-    add("--max-norm", type=_positive, default=recipe.max_norm, help="what norms are clipped to")
-    add("--lr", type=_positive, default=recipe.lr, help="the highest learning rate")
+    add("--max-norm", type=_finite, default=recipe.max_norm, help="what norms are clipped to")
+    add("--lr", type=_finite, default=recipe.lr, help="the highest learning rate")
     add("--batch", type=count, default=recipe.batch, help="windows of text per step")
     add("--block", type=count, default=sizes.block, help="bytes per window")
     add("--layers", type=count, default=sizes.layers, help="transformer blocks")
@@ -63,38 +63,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _integer(lowest: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = lowest - 1
-        if value < lowest:
-            raise argparse.ArgumentTypeError(f"{text!r} is no integer from {lowest} on")
-        return value
-
-    return integer
-
-
 def _width(text: str) -> int:
-    width = _integer(HEAD_SIZE)(text)
+    width = integer(HEAD_SIZE)(text)
     if width % HEAD_SIZE:
         raise argparse.ArgumentTypeError(f"{text} is no multiple of {HEAD_SIZE}")
     return width
 
 
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not (value > 0 and isfinite(value)):
+def _finite(text: str) -> float:
+    value = positive(text)
+    if not isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
     return value
 
 
 def _seeds(text: str) -> list[int]:
-    seeds = [_integer(0)(seed) for seed in text.split(",")]
+    seeds = [integer(0)(seed) for seed in text.split(",")]
     if len(set(seeds)) < len(seeds):
         raise argparse.ArgumentTypeError(f"{text!r} has a seed twice")
     if max(seeds) >= 2**63:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F  # noqa: N812  # as in torch's documentation
 from torch import Tensor, nn
 
 VOCABULARY = 256  # a token is a byte

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
+# triton has no annotations, and where it is missing nothing is to be ignored. A kernel's arguments
+# have types of triton's alone; its constants have names in capitals.
 import triton  # type: ignore[import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, unused-ignore]
 

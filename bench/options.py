@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import rows
+from bench import argument_types, rows
+from bench.argument_types import positive
 from bench.case import DTYPES
 from bench.measure import Method
 from bench.optimizers import OPTIMIZERS
@@ -84,29 +85,10 @@ def some_rows(text: str) -> Sequence[Row]:
 
 
 def integer(lowest: int) -> Callable[[str], int]:
-    """An integer from ``lowest`` on."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(float(text)) if "e" in text.lower() else int(text)
-        except (ValueError, OverflowError):
-            value = lowest - 1
-        if value < lowest:
-            raise argparse.ArgumentTypeError(f"{text!r} is no integer from {lowest} on")
-        return value
-
-    return parse
-
-
-def positive(text: str) -> float:
-    """A number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
-    return value
+    """An integer from ``lowest`` on; 1e6 is one too."""
+    return argument_types.integer(
+        lowest, lambda text: int(float(text)) if "e" in text.lower() else int(text)
+    )
 
 
 def folder(text: str) -> Path:

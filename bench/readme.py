@@ -23,7 +23,7 @@ from bench.tables import milliseconds, percent, ratio, seconds, share_of_trainin
 README = ROOT / "README.md"
 RESULTS = Path(__file__).parent / "results"
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
-NOTHING = "–"  # noqa: RUF001
+NOTHING = "–"  # noqa: RUF001  # a dash, not a minus
 STOCK = ("clip + for-loop", "clip + foreach", BASELINE)
 ONE_GRAPH = "torch.compile, one graph"
 

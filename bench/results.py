@@ -98,9 +98,11 @@ def read(path: Path) -> Report:
     """
     try:
         report = Report(**json.loads(path.read_text()))
-        report.cases = [CaseResult(**case) for case in report.cases]  # type: ignore[arg-type]
+        cases: list[Any] = report.cases  # dictionaries so far, as their rows
+        report.cases = [CaseResult(**case) for case in cases]
         for case in report.cases:
-            case.rows = [RowResult(**row) for row in case.rows]  # type: ignore[arg-type]
+            rows: list[Any] = case.rows
+            case.rows = [RowResult(**row) for row in rows]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is no result of this benchmark: {error}") from error
     return report

@@ -7,7 +7,7 @@ Private parts of torch used here, read in torch 2.13: ``_RecordFunctionFast``,
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -96,9 +96,9 @@ class Delegate(Optimizer):
         """The wrapped optimizer's ``state_dict()``; clipping has no state of its own."""
         return self.optimizer.state_dict()
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of the optimizer, whether it was wrapped or not."""
-        self.optimizer.load_state_dict(state_dict)  # type: ignore[arg-type]
+        self.optimizer.load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the wrapped optimizer; the next norm takes it in."""

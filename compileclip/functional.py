@@ -14,13 +14,16 @@ import sys
 import types
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _device_has_foreach_support
 
 from compileclip import ops, reference
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 @torch.no_grad()
@@ -96,7 +99,7 @@ def clip_grads_with_norm_(
         return
     _check_foreach(grads, foreach)
     if is_sharded(total_norm):
-        total_norm = total_norm.full_tensor()  # type: ignore[attr-defined]
+        total_norm = total_norm.full_tensor()
     coef = reference.clip_coef(max_norm, total_norm)
     reference.scale_([local(g) for g in grads], coef, foreach=_foreach(grads, foreach))
 
@@ -189,11 +192,11 @@ def local(tensor: Tensor) -> Tensor:
     """The shard of a ``DTensor`` that this rank holds; any other tensor as it is."""
     if not is_sharded(tensor):
         return tensor
-    shard: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    shard: Tensor = tensor.to_local()
     return shard
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether ``tensor`` is a ``DTensor``, as FSDP2 and tensor parallelism make them."""
     # Importing DTensor takes longer than importing torch; who holds one has imported it.
     module: Any = sys.modules.get("torch.distributed.tensor")

@@ -59,7 +59,7 @@ def patches(
     }
 
 
-class OrderedPasses(_Base):  # type: ignore[misc]
+class OrderedPasses(_Base):  # type: ignore[misc]  # which class it is depends on torch
     """One pass for a slot: the user's passes, then ours in their order.
 
     A pass of ours that raises is left out, with one ``FallbackWarning``; the user's may raise.

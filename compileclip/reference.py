@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,8 +70,8 @@ def _total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     scale = _power_of_two_scale(dense, norm_type) if _overreaches(dense, norm_type) else None
     norms = [
         norm.to(device)
-        for (_, _), ((group,), _) in _group_tensors_by_device_and_dtype([dense]).items()  # type: ignore[list-item]
-        for norm in _tensor_norms(group, norm_type, scale)  # type: ignore[arg-type]
+        for _, _, group in _by_device_and_dtype(dense)
+        for norm in _tensor_norms(group, norm_type, scale)
     ]
     # Norms of several devices and dtypes meet here; stack promotes them.
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
@@ -103,9 +104,7 @@ def scale_(tensors: Sequence[Tensor], scale: Tensor, foreach: bool = True) -> No
         return
     if not dense:
         return
-    grouped = _group_tensors_by_device_and_dtype([dense]).items()  # type: ignore[list-item]
-    group: list[Tensor]
-    for (device, dtype), ((group,), _) in grouped:  # type: ignore[assignment]
+    for device, dtype, group in _by_device_and_dtype(dense):
         factor = scale.to(device)
         if dtype in HALF:
             factor = factor.to(torch.float32)
@@ -116,6 +115,15 @@ def scale_(tensors: Sequence[Tensor], scale: Tensor, foreach: bool = True) -> No
         else:
             for t in group:
                 t.mul_(factor)
+
+
+def _by_device_and_dtype(
+    tensors: list[Tensor],
+) -> list[tuple[torch.device, torch.dtype, list[Tensor]]]:
+    """``tensors`` in groups, as torch's foreach functions take them."""
+    lists: list[list[Any]] = [tensors]  # to torch, ``None`` may be among them
+    groups: dict[Any, Any] = _group_tensors_by_device_and_dtype(lists)
+    return [(device, dtype, group) for (device, dtype), ((group,), _) in groups.items()]
 
 
 def _accumulate_dtype(device: torch.device) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 NONFINITE = ("propagate", "raise", "skip")
 MODES = ("auto", "eager", "inductor", "multi_tensor")
@@ -38,9 +39,9 @@ class ClipSettings:
             raise ValueError(f"mode={self.mode!r} is unknown; choose from {MODES}")
 
 
-def _number(name: str, value: object) -> float:
+def _number(name: str, value: Any) -> float:
     try:
-        return float(value)  # type: ignore[arg-type]
+        return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}={value!r} is no number; pass a float") from None
 

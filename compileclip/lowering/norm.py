@@ -98,7 +98,10 @@ def norm_into(
     kernel = available()
     if kernel is None:
         return False
-    uniform = isinstance(dtype, torch.dtype)
+    if isinstance(dtype, torch.dtype):
+        each, one = None, CODES[dtype]
+    else:
+        each, one = dtype.buffer_info()[0], -1
     status: int = kernel(
         out.data_ptr(),
         CODES[out.dtype],
@@ -106,8 +109,8 @@ def norm_into(
         pointers.buffer_info()[0],
         sizes.buffer_info()[0],
         None if first_chunk is None else first_chunk.buffer_info()[0],
-        None if uniform else dtype.buffer_info()[0],  # type: ignore[union-attr]
-        CODES[dtype] if uniform else -1,  # type: ignore[index]
+        each,
+        one,
         order == math.inf,
         threads,
     )
