@@ -221,7 +221,7 @@ class MultiTensorStep:
     def set_bound(self, max_norm: float | None) -> None:
         """Have kernels clip to ``max_norm``, those of a CUDA graph too; nothing waits."""
         if max_norm not in (None, self._filled) and not self._target.is_capturing():
-            self._max_norm.fill_(max_norm)  # type: ignore[arg-type]  # it is not None
+            self._max_norm.fill_(max_norm)
             self._filled = max_norm
 
     def _pass(self, settings: ClipSettings) -> InsertNormAndScale:
