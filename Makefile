@@ -41,7 +41,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m bench scaling --name compilation --tensors 10 30 --sizes --minutes 2 \
 	    --rows "clip + fused,one graph,multi_tensor,limit"
 	$(BIN)/python -m bench train --rows torch "torch, fused" compileclip "compileclip, eager"
-	$(BIN)/python -m bench step --name optimizers --optimizer SGD RMSprop NAdam RAdam --minutes 1.5 \
+	$(BIN)/python -m bench step --name optimizers --optimizer SGD RMSprop NAdam RAdam --minutes 2 \
 	    --shapes 2000x32x32 resnet50 --rows "clip +,multi_tensor,limit" --no-first-steps
 	$(BIN)/python -m bench step --shapes 1x1000 2000x32x32 resnet50 64x1024x1024 --minutes 2.5 \
 	    --compile-tensors 0 --no-first-steps
