@@ -76,7 +76,8 @@ def explain(optimizer: Optimizer, settings: ClipSettings, modes: Modes) -> str:
     elif settings.nonfinite == "skip" and modes.wait_for_the_norm:
         lines.append(
             'nonfinite="skip": each step waits for the norm; an optimizer made with fused=True '
-            "(Adam, AdamW, SGD, Adagrad) or capturable=True decides it on the device"
+            "(Adam, AdamW, SGD, Adagrad) decides it on the device, and so does on a GPU, in mode "
+            "multi_tensor, one whose class knows capturable"
         )
     return "\n".join(lines)
 
