@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -66,40 +65,68 @@ def _results(
     minutes: float,
     bar: tqdm,
 ) -> Iterator[CaseResult]:
-    """Measure ``cases``: first the small ones in turns, block by block, then each of the others."""
+    """Measure ``cases``: the others each at a time, the blocks of the small ones between them."""
     small = [case for case in cases if case.is_small]
-    waiting: list[tuple[Case, Measurement]] = []
-    for case in [*small, *(case for case in cases if not case.is_small)]:
+    large = [case for case in cases if not case.is_small]
+    waiting = _Waiting(method.blocks, bar)
+
+    def start(case: Case) -> Measurement:
         bar.set_description_str(case.name)
+        if bar.format_dict["elapsed"] >= 60 * minutes:
+            raise NotRunError(f"the time is up (--minutes {minutes:g})")
+        return Measurement(case, chosen, method, caches, lambda what: _show(bar, what))
+
+    for case in small:
         try:
-            if bar.format_dict["elapsed"] >= 60 * minutes:
-                raise NotRunError(f"the time is up (--minutes {minutes:g})")
-            found = Measurement(case, chosen, method, caches, lambda what: _show(bar, what))
-            waiting.append((case, found))
+            waiting.measurements[case] = start(case)
         except Exception as error:
             yield _failed(case, error)
-        if case is small[-1] if case.is_small else True:
-            yield from _in_blocks(waiting, method.blocks if case.is_small else 1, bar)
-            waiting.clear()
-
-
-def _in_blocks(
-    waiting: list[tuple[Case, Measurement]], blocks: int, bar: tqdm
-) -> Iterator[CaseResult]:
-    """Time all that are ``waiting``."""
-    errors: dict[Case, Exception] = {}
-    for _, (case, measurement) in itertools.product(range(blocks), waiting):
-        bar.set_description_str(case.name)
+    for number, case in enumerate(large):
+        waiting.time(until=(number + 1) / (len(large) + 1))
         try:
-            if case not in errors:
-                measurement.time(blocks)
-        except Exception as error:
-            errors[case] = error
-    for case, measurement in waiting:
-        try:
-            yield _failed(case, errors[case]) if case in errors else measurement.finish()
+            measurement = start(case)
+            measurement.time()
+            yield measurement.finish()
         except Exception as error:
             yield _failed(case, error)
+    waiting.time(until=1.0)
+    yield from waiting.results()
+
+
+class _Waiting:
+    """Small cases, whose tensors are kept while others are measured.
+
+    Attributes:
+        measurements: by case.
+    """
+
+    def __init__(self, blocks: int, bar: tqdm) -> None:
+        self.measurements: dict[Case, Measurement] = {}
+        self._errors: dict[Case, Exception] = {}
+        self._blocks, self._done = blocks, 0
+        self._bar = bar
+
+    def time(self, until: float) -> None:
+        """Time the next blocks, until this part of them is done."""
+        while self._done < round(until * self._blocks):
+            self._done += 1
+            for case, measurement in self.measurements.items():
+                self._bar.set_description_str(case.name)
+                try:
+                    if case not in self._errors:
+                        measurement.time(self._blocks)
+                except Exception as error:
+                    self._errors[case] = error
+
+    def results(self) -> Iterator[CaseResult]:
+        """What was found."""
+        for case, measurement in self.measurements.items():
+            try:
+                if case in self._errors:
+                    raise self._errors[case]
+                yield measurement.finish()
+            except Exception as error:
+                yield _failed(case, error)
 
 
 def _failed(case: Case, error: Exception) -> CaseResult:

@@ -2,6 +2,13 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# Other programs on a machine make drawing and testing slow, which is no fault of what is tested.
+settings.register_profile(
+    "shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("shared machine")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

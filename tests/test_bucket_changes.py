@@ -39,6 +39,18 @@ def test_gradients_that_come_and_go_and_parameters_that_join() -> None:
         twins.step(step, change=lambda i, p: setattr(p, "grad", None) if i == 0 else None)
 
 
+def test_state_whose_memory_is_another() -> None:
+    """The tensors are the same: nothing but their addresses tells."""
+    twins = Twins()
+    for step in range(3):
+        twins.step(step)
+    for opt in twins.both:
+        p = all_params(opt)[1]
+        opt.state[p]["momentum_buffer"].data = torch.zeros(p.shape)
+    for step in range(3, 5):
+        twins.step(step)
+
+
 def test_state_that_is_loaded_replaced_or_moved() -> None:
     twins = Twins()
     twins.step(0)

@@ -1,129 +1,29 @@
 """Step counts that stay on a GPU, and steps that it decides on: ``capturable=True``, "skip", AMP.
 
-On a GPU, or in Triton's interpreter on the CPU, where torch's optimizers are told that a CPU is as
-good, and powers are numpy's.
+On a GPU, or in Triton's interpreter on the CPU.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from helpers import clone_params, flat_state, params_like, same, set_grads
+from helpers import clone_params, set_grads
 from test_optim_db import all_params, grads_of
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Adagrad, AdamW, Optimizer
 
 import compileclip
-from compileclip.fallback import FallbackWarning
-from compileclip.lowering import targets
 
 pytest.importorskip("triton")
-import triton.language as tl
-from triton.language.extra import libdevice
-from triton.runtime.interpreter import TensorHandle
-from triton_runs import INTERPRETED, device, passed_in_the_interpreter
+from device_steps import NAMES, check, give, maker, no_fallback, no_wait, on_the_device, twins
+from triton_runs import device, passed_in_the_interpreter
 
-__all__ = ["device"]  # a fixture
-SHAPES = [(3, 4), (5,), (3, 400), (1,)]
-NAMES = ["Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adamax", "Adadelta", "ASGD", "Rprop"]
-MODULES = [f"torch.optim.{name.lower()}" for name in NAMES]
-# In the interpreter, without fused multiply-adds, of values up to about 4; observed: 2.4e-7.
-CLOSE = 1e-6
-
-
-def power(x: Any, y: Any) -> Any:
-    data = np.power(x.handle.data, y.handle.data)
-    return tl.tensor(TensorHandle(data, y.handle.dtype), y.type)
-
-
-@pytest.fixture(autouse=True)
-def _target(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not INTERPRETED:
-        return
-    monkeypatch.setattr(targets, "of", targets.Gpu)
-    monkeypatch.setattr(targets, "Cpu", lambda: targets.Gpu(torch.device("cpu")))
-    monkeypatch.setattr(libdevice, "pow", power)
-    for name in MODULES:
-        module = importlib.import_module(name)
-        if hasattr(module, "_get_capturable_supported_devices"):
-            supported = lambda supports_xla=True: ["cpu", "cuda"]  # noqa: E731
-            monkeypatch.setattr(module, "_get_capturable_supported_devices", supported)
-
-
-@contextmanager
-def no_fallback() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FallbackWarning)
-        warnings.filterwarnings("ignore", "invalid value", RuntimeWarning)  # of the interpreter
-        yield
-
-
-@contextmanager
-def no_wait(opt: Any) -> Iterator[None]:
-    """Within it, waiting for the device is an error; in the interpreter, asking whether it may."""
-    with pytest.MonkeyPatch.context() as patch:
-        if INTERPRETED:
-            item = Tensor.item
-
-            def counts(settings: Any, found_inf: Any, norm: Any) -> bool:
-                assert settings.nonfinite == "propagate", "the host decides"
-                assert found_inf is None, "the host decides"
-                return True
-
-            def read(tensor: Tensor) -> Any:
-                caller = sys._getframe(1).f_globals["__name__"]
-                assert caller == "compileclip.capture", "the host asks"  # a number that torch wraps
-                return item(tensor)
-
-            patch.setattr(compileclip.eager, "counts", counts)
-            patch.setattr(Tensor, "item", read)
-            yield
-            return
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-
-def maker(name: str, **options: Any) -> Callable[[Any], Optimizer]:
-    return lambda p: getattr(torch.optim, name)(p, lr=0.01, foreach=False, **options)
-
-
-def twins(make: Callable[[Any], Optimizer], device: str, **options: Any) -> tuple[Any, Any]:
-    params = [nn.Parameter(p.detach().to(device)) for p in params_like(SHAPES)]
-    ours = compileclip.wrap(make(params), 1.0, mode="multi_tensor", **options)
-    options = {"write_grads": False, **options}
-    return ours, compileclip.wrap(make(clone_params(params)), 1.0, mode="eager", **options)
-
-
-def check(ours: Any, theirs: Any, least: float = 0.0) -> None:
-    close = max(least, 0.0 if ours.total_norm.is_cuda else CLOSE)
-    norms = (ours.total_norm, theirs.total_norm)
-    torch.testing.assert_close(*norms, rtol=1.2e-7, atol=0, equal_nan=True)
-    pairs = list(zip(all_params(ours), all_params(theirs), strict=True))
-    if flat_state(theirs):  # it has none after a first step that did not count
-        both = list(zip(flat_state(ours), flat_state(theirs), strict=True))
-        assert all(name == other for (name, _), (other, _) in both)
-        pairs += [(a, b) for (_, a), (_, b) in both]
-    for a, b in pairs:
-        torch.testing.assert_close(a, b, rtol=close, atol=close, check_device=False)
-
-
-def give(opts: tuple[Any, ...], seed: int, bad: float | None = None) -> None:
-    for opt in opts:
-        set_grads(all_params(opt), seed, scale=0.1 if seed % 2 else 10)
-        if bad is not None:
-            all_params(opt)[seed % len(SHAPES)].grad.view(-1)[0] = bad
+__all__ = ["device", "on_the_device"]  # fixtures
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -299,96 +199,6 @@ def test_grad_scaler(name: str, write_grads: bool | None, device: str) -> None:
             for a, b in zip(grads_of(ours), grads_of(theirs), strict=True):
                 torch.testing.assert_close(a, b, rtol=1.2e-7, atol=0)
     assert ours._modes.kernels.decides == (name != "Adagrad")
-
-
-def test_what_is_captured_reads_nothing_of_the_host(
-    device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As far as that can be seen without a CUDA graph: no copies, no counts, no decisions."""
-    from compileclip.lowering import triton
-
-    ours, theirs = twins(maker("AdamW", capturable=True), device, nonfinite="skip")
-    for seed in range(2):
-        give((ours, theirs), seed)
-        ours.step()
-        theirs.step()
-    give((ours, theirs), 2)
-    with no_fallback(), no_wait(ours), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(targets.Gpu, "is_capturing", lambda _: True)
-        patch.setattr(triton, "pinned", None)
-        ours.step()
-    theirs.step()
-    check(ours, theirs)
-
-
-@pytest.mark.parametrize(
-    ("make", "options", "reason"),
-    [
-        (maker("AdamW"), {}, "would repeat this step's count"),
-        (maker("AdamW", capturable=True), {"nonfinite": "raise"}, 'nonfinite="raise" cannot be'),
-        (maker("AdamW", capturable=True), {"max_norm": None}, "another than all before it"),
-    ],
-    ids=["counts on the host", "raise", "another program"],
-)
-def test_what_cannot_be_captured_is_eager_for_now(
-    make: Any, options: dict[str, Any], reason: str, device: str
-) -> None:
-    bound = options.pop("max_norm", 1.0)
-    ours, theirs = twins(make, device, **options)
-    for seed in range(4):
-        give((ours, theirs), seed)
-        with pytest.MonkeyPatch.context() as patch:
-            if seed == 2:
-                ours.max_norm = theirs.max_norm = bound
-                patch.setattr(targets.Gpu, "is_capturing", lambda _: True)
-            ours.step()
-        theirs.step()
-        check(ours, theirs)
-        expected = reason if seed == 2 else None
-        why = ours._modes.kernels.why_not
-        assert (why is None) if expected is None else (expected in why[0])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["AdamW", "RAdam", "SGD"])
-@pytest.mark.parametrize("tensors", [4, 100])
-def test_capture_and_replay(name: str, tensors: int) -> None:
-    """A captured step goes on counting, clips to the norm of each replay, and skips by itself."""
-    options = {} if name == "SGD" else {"capturable": True}
-    params = [nn.Parameter(p.detach().cuda()) for p in params_like([(37, 5)] * tensors)]
-    ours = compileclip.wrap(
-        maker(name, **options)(params), 1.0, mode="multi_tensor", nonfinite="skip"
-    )
-    theirs = compileclip.wrap(
-        maker(name, **options)(clone_params(params)), 1.0, mode="multi_tensor", nonfinite="skip"
-    )
-    fixed = [torch.zeros_like(p) for p in params]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), no_fallback():
-        for seed in range(3):
-            give((ours, theirs), seed)
-            ours.step()
-            theirs.step()
-    torch.cuda.current_stream().wait_stream(stream)
-    for p, g in zip(params, fixed, strict=True):
-        p.grad = g
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), no_fallback():
-        ours.step()
-    for seed in range(3, 9):
-        give((theirs,), seed, math.nan if seed == 5 else None)
-        for g, p in zip(fixed, all_params(theirs), strict=True):
-            g.copy_(p.grad)
-        if seed == 7:
-            ours.max_norm = theirs.max_norm = 0.25
-        graph.replay()
-        theirs.step()
-        assert same(ours.total_norm, theirs.total_norm)
-        for a, b in zip(all_params(ours), all_params(theirs), strict=True):
-            assert same(a, b)
-    for (_, a), (_, b) in zip(flat_state(ours), flat_state(theirs), strict=True):
-        assert same(a, b)
 
 
 @pytest.mark.gpu

@@ -26,9 +26,7 @@ CLOSE = {torch.bfloat16: 4e-2, torch.float16: 4e-3, torch.float32: 1e-5, torch.f
 
 def fuzz(examples: int) -> Any:
     health = list(HealthCheck)
-    return settings(
-        max_examples=examples, deadline=None, database=None, suppress_health_check=health
-    )
+    return settings(max_examples=examples, database=None, suppress_health_check=health)
 
 
 @fuzz(60)

@@ -15,8 +15,7 @@ from torch import Tensor
 
 import compileclip
 
-# Unlimited shrinking and no deadline: these machines are shared.
-relaxed = settings(max_examples=200, deadline=None)
+many = settings(max_examples=200)
 
 
 @pytest.fixture(autouse=True, scope="module", params=["", "1"], ids=["compiled", "eager"])
@@ -61,7 +60,7 @@ def truth(tensors: list[Tensor], p: float = 2.0) -> float:
     return float(np.sum(flat**p) ** (1 / np.longdouble(p)))
 
 
-@relaxed
+@many
 @given(gradients())
 def test_norm_is_the_true_one(tensors: list[Tensor]) -> None:
     expected = truth(tensors)
@@ -72,7 +71,7 @@ def test_norm_is_the_true_one(tensors: list[Tensor]) -> None:
         assert abs(norm - expected) <= 2e-7 * expected  # observed: 6e-8, half a unit
 
 
-@relaxed
+@many
 @given(gradients(), st.sampled_from([0.5, 1.0, 1.5, 3.0, 6.0]))
 def test_norm_of_any_order_is_the_true_one(tensors: list[Tensor], p: float) -> None:
     expected = truth(tensors, p)
@@ -81,7 +80,7 @@ def test_norm_of_any_order_is_the_true_one(tensors: list[Tensor], p: float) -> N
         assert abs(norm - expected) <= 2e-7 * expected  # observed: 6e-8
 
 
-@relaxed
+@many
 @given(gradients(), st.sampled_from([1e-20, 1e-3, 1.0, 1e20]))
 def test_norm_after_clipping_is_at_most_max_norm(tensors: list[Tensor], max_norm: float) -> None:
     params = as_params(tensors)
@@ -93,7 +92,7 @@ def test_norm_after_clipping_is_at_most_max_norm(tensors: list[Tensor], max_norm
         assert all(torch.equal(p.grad, t) for p, t in zip(params, tensors, strict=True))
 
 
-@relaxed
+@many
 @given(gradients(sizes=(1e-3, 1.0, 1e3)), st.floats(1e-2, 1e4))
 def test_clipping_twice_is_clipping_once(tensors: list[Tensor], max_norm: float) -> None:
     params = as_params(tensors)
@@ -106,7 +105,7 @@ def test_clipping_twice_is_clipping_once(tensors: list[Tensor], max_norm: float)
         torch.testing.assert_close(p.grad, grad, rtol=1e-6 + 1e-6 / max_norm, atol=0.0)
 
 
-@relaxed
+@many
 @given(gradients(), st.randoms(use_true_random=False))
 def test_norm_does_not_depend_on_order_or_shape(tensors: list[Tensor], random: Any) -> None:
     norm = compileclip.get_total_norm(tensors)
