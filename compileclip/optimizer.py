@@ -107,7 +107,8 @@ class ClippedOptimizer(Delegate):
         if torch.compiler.is_compiling():
             reason = self._why_not_traced(closure)
             if reason is None:
-                self.total_norm = traced_step(self._stand_in, self._settings)
+                norm = traced_step(self._stand_in, self._settings)
+                self._stand_in.total_norm = norm  # torch 2.11 does not trace setters of optimizers
                 return None
             torch._dynamo.graph_break(msg=reason)
             return self._untraced_step(closure)

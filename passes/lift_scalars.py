@@ -26,9 +26,12 @@ from typing import Any, cast
 import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
+from torch.torch_version import TorchVersion
 
 # Makes what replaces a node that has a variable float among its inputs; None leaves the node.
 Rule = Callable[[Graph, Node], "Node | None"]
+
+_KEEPS_EXPRESSIONS = TorchVersion(torch.__version__) >= "2.13"
 
 # Methods whose scalar argument scales what is added: an operand, a numerator or a factor.
 _METHODS = {"add": "alpha", "sub": "alpha", "addcdiv": "value", "addcmul": "value"}
@@ -62,10 +65,34 @@ def _is_variable_float(value: Any) -> bool:
     return isinstance(value, Node) and isinstance(value.meta.get("example_value"), torch.SymFloat)
 
 
+def _product(graph: Graph, x: Any, scalar: Any) -> Node:
+    """``x * scalar``, in which each float that ``scalar`` is computed from stays variable.
+
+    torch 2.11 and 2.12 make a constant of a float that meets no tensor by itself, as ``s`` in
+    ``x * -s`` or ``x * (1 - s)``. Taking 0 * s away leaves all values, the signs of zeros included.
+    """
+    product = graph.call_function(torch.mul, (x, scalar))
+    if _KEEPS_EXPRESSIONS or not _is_variable_float(scalar):
+        return product
+    for leaf in _leaves(scalar):
+        if leaf is not scalar:
+            zero = graph.call_function(torch.zeros, ((),), {"dtype": torch.float64})
+            product = graph.call_function(
+                torch.sub, (product, graph.call_function(torch.mul, (zero, leaf)))
+            )
+    return product
+
+
+def _leaves(scalar: Node) -> dict[Node, None]:
+    """The inputs that ``scalar`` is computed from, each once."""
+    operands = [n for n in scalar.all_input_nodes if _is_variable_float(n)]
+    return {n: None for x in operands for n in _leaves(x)} if operands else {scalar: None}
+
+
 def _as_tensor(graph: Graph, scalar: Node) -> Node:
     """``scalar`` as a 0-dim tensor, which foreach operators take in its place."""
     one = graph.call_function(torch.ones, ((),), {"dtype": torch.float64})
-    return graph.call_function(torch.mul, (one, scalar))
+    return _product(graph, one, scalar)
 
 
 def _scaled_method(keyword: str) -> Rule:
@@ -74,7 +101,7 @@ def _scaled_method(keyword: str) -> Rule:
         scalar = node.kwargs.get(keyword)
         if not _is_variable_float(scalar):
             return None
-        scaled = graph.call_function(torch.mul, (node.args[1], scalar))
+        scaled = _product(graph, node.args[1], scalar)
         return graph.call_method(str(node.target), (node.args[0], scaled, *node.args[2:]))
 
     return rule
@@ -109,20 +136,39 @@ def _fma(graph: Graph, node: Node) -> Node | None:
     x, scalar, y = node.args
     if not _is_variable_float(scalar):
         return None
-    return graph.call_function(torch.add, (graph.call_function(torch.mul, (x, scalar)), y))
+    return graph.call_function(torch.add, (_product(graph, x, scalar), y))
+
+
+def _mul(graph: Graph, node: Node) -> Node | None:
+    """``x * s``, which Dynamo of torch 2.11 makes of ``y.add_(x, alpha=s)`` and its like."""
+    x, scalar = node.args
+    if _KEEPS_EXPRESSIONS or not _is_variable_float(scalar):
+        return None
+    return None if scalar in _leaves(cast(Node, scalar)) else _product(graph, x, scalar)
 
 
 def _lerp(graph: Graph, node: Node) -> Node | None:
     """``x.lerp_(y, s)`` is ``x + (y - x) * s``."""
     x, y, scalar = (*node.args, *node.kwargs.values())
     difference = graph.call_function(torch.sub, (y, x))
-    return graph.call_method("add_", (x, graph.call_function(torch.mul, (difference, scalar))))
+    return graph.call_method("add_", (x, _product(graph, difference, scalar)))
+
+
+def _foreach_lerp(graph: Graph, node: Node) -> Node | None:
+    """``_foreach_lerp_(xs, ys, s)``, whose weights Dynamo has made tensors up to torch 2.13."""
+    xs, ys, scalar = (*node.args, *node.kwargs.values())
+    if not _is_variable_float(scalar):
+        return None
+    differences = graph.call_function(torch._foreach_sub, (ys, xs))
+    factor = _as_tensor(graph, cast(Node, scalar))
+    scaled = graph.call_function(torch._foreach_mul, (differences, factor))
+    return graph.call_function(torch._foreach_add_, (xs, scaled))
 
 
 def _full_like(graph: Graph, node: Node) -> Node | None:
     """``full_like(x, s)``, which Dynamo makes of the weights of ``_foreach_lerp_``."""
     x, scalar = node.args
-    return graph.call_function(torch.mul, (graph.call_function(torch.ones_like, (x,)), scalar))
+    return _product(graph, graph.call_function(torch.ones_like, (x,)), scalar)
 
 
 def _power(graph: Graph, node: Node) -> Node | None:
@@ -131,7 +177,7 @@ def _power(graph: Graph, node: Node) -> Node | None:
     if not _is_variable_float(base) or not isinstance(exponent, Node):
         return None
     ones = graph.call_function(torch.ones_like, (exponent,))
-    return graph.call_function(torch.pow, (graph.call_function(torch.mul, (ones, base)), exponent))
+    return graph.call_function(torch.pow, (_product(graph, ones, base), exponent))
 
 
 def _foreach_power(graph: Graph, node: Node) -> Node | None:
@@ -140,17 +186,19 @@ def _foreach_power(graph: Graph, node: Node) -> Node | None:
     if not _is_variable_float(base) or not isinstance(exponents, list | tuple):
         return None
     ones = [graph.call_function(torch.ones_like, (cast(Node, x),)) for x in exponents]
-    bases = [graph.call_function(torch.mul, (one, base)) for one in ones]
+    bases = [_product(graph, one, base) for one in ones]
     return graph.call_function(torch._foreach_pow, (bases, exponents))
 
 
 _RULES: dict[Any, Rule] = {
     "prims.fma.default": _fma,  # by name: it is registered only when Dynamo needs it
     "lerp_": _lerp,
+    torch.mul: _mul,
     torch.full_like: _full_like,
     operator.pow: _power,
     torch.pow: _power,
     torch._foreach_pow: _foreach_power,
+    torch._foreach_lerp_: _foreach_lerp,
     torch._foreach_mul: _foreach_by_scalar,
     torch._foreach_mul_: _foreach_by_scalar,
     torch._foreach_div: _foreach_by_scalar,

@@ -16,7 +16,8 @@ def run(*kinds: str) -> None:
     script = Path(__file__).with_name("concurrent_steps.py")
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     done = subprocess.run(
-        [sys.executable, script, *kinds],
+        # Python 3.12 warns of any fork of a process with threads.
+        [sys.executable, "-W", "ignore::DeprecationWarning", script, *kinds],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
