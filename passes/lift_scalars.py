@@ -142,9 +142,11 @@ def _fma(graph: Graph, node: Node) -> Node | None:
 def _mul(graph: Graph, node: Node) -> Node | None:
     """``x * s``, which Dynamo of torch 2.11 makes of ``y.add_(x, alpha=s)`` and its like."""
     x, scalar = node.args
-    if _KEEPS_EXPRESSIONS or not _is_variable_float(scalar):
+    if _KEEPS_EXPRESSIONS or _is_variable_float(x) or not _is_variable_float(scalar):
+        return None  # of two floats it is no product of tensors
+    if scalar in _leaves(cast(Node, scalar)) or not isinstance(x, Node):
         return None
-    return None if scalar in _leaves(cast(Node, scalar)) else _product(graph, x, scalar)
+    return _product(graph, x, scalar)
 
 
 def _lerp(graph: Graph, node: Node) -> Node | None:
@@ -194,6 +196,7 @@ _RULES: dict[Any, Rule] = {
     "prims.fma.default": _fma,  # by name: it is registered only when Dynamo needs it
     "lerp_": _lerp,
     torch.mul: _mul,
+    operator.mul: _mul,
     torch.full_like: _full_like,
     operator.pow: _power,
     torch.pow: _power,
