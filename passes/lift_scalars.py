@@ -31,6 +31,7 @@ from torch.torch_version import TorchVersion
 # Makes what replaces a node that has a variable float among its inputs; None leaves the node.
 Rule = Callable[[Graph, Node], "Node | None"]
 
+# Whether AOTAutograd keeps a float variable that meets tensors in expressions alone.
 _KEEPS_EXPRESSIONS = TorchVersion(torch.__version__) >= "2.13"
 
 # Methods whose scalar argument scales what is added: an operand, a numerator or a factor.
@@ -69,7 +70,8 @@ def _product(graph: Graph, x: Any, scalar: Any) -> Node:
     """``x * scalar``, in which each float that ``scalar`` is computed from stays variable.
 
     torch 2.11 and 2.12 make a constant of a float that meets no tensor by itself, as ``s`` in
-    ``x * -s`` or ``x * (1 - s)``. Taking 0 * s away leaves all values, the signs of zeros included.
+    ``x * -s`` or ``x * (1 - s)``. Taking 0 * s away leaves every value where ``s`` is finite and at least
+    0, as hyperparameters are: the signs of zeros too.
     """
     product = graph.call_function(torch.mul, (x, scalar))
     if _KEEPS_EXPRESSIONS or not _is_variable_float(scalar):
@@ -142,10 +144,11 @@ def _fma(graph: Graph, node: Node) -> Node | None:
 def _mul(graph: Graph, node: Node) -> Node | None:
     """``x * s``, which Dynamo of torch 2.11 makes of ``y.add_(x, alpha=s)`` and its like."""
     x, scalar = node.args
-    if _KEEPS_EXPRESSIONS or _is_variable_float(x) or not _is_variable_float(scalar):
-        return None  # of two floats it is no product of tensors
-    if scalar in _leaves(cast(Node, scalar)) or not isinstance(x, Node):
+    if _KEEPS_EXPRESSIONS or not _is_variable_float(scalar) or not isinstance(x, Node):
         return None
+    is_tensor = isinstance(x.meta.get("example_value"), torch.Tensor)
+    if not is_tensor or scalar in _leaves(cast(Node, scalar)):
+        return None  # a product of two numbers, or one that torch keeps as it is
     return _product(graph, x, scalar)
 
 

@@ -48,8 +48,8 @@ def compare(ours: Training, theirs: Training, step: Callable[[Tensor], Tensor]) 
         before = [p.detach().clone() for p in ours.model.parameters()]
         step(x)
         reference(x)
-        # Observed: 1.4e-5 on Muon, which orthogonalizes in bfloat16, less on the others.
-        close = {"rtol": 1e-4, "atol": 2e-5, "equal_nan": True}
+        # Observed: 2e-6 on Muon, which orthogonalizes in bfloat16, less on the others.
+        close = {"rtol": 1e-4, "atol": 1e-5, "equal_nan": True}
         pairs = list(zip(ours.model.parameters(), theirs.model.parameters(), strict=True))
         for p, q in pairs:
             torch.testing.assert_close(p, q, **close)
