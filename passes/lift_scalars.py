@@ -70,8 +70,8 @@ def _product(graph: Graph, x: Any, scalar: Any) -> Node:
     """``x * scalar``, in which each float that ``scalar`` is computed from stays variable.
 
     torch 2.11 and 2.12 make a constant of a float that meets no tensor by itself, as ``s`` in
-    ``x * -s`` or ``x * (1 - s)``. Taking 0 * s away leaves every value where ``s`` is finite and at least
-    0, as hyperparameters are: the signs of zeros too.
+    ``x * -s`` or ``x * (1 - s)``. Taking 0 * s away leaves every value, zeros' signs too, where
+    ``s`` is finite and at least 0, as hyperparameters are.
     """
     product = graph.call_function(torch.mul, (x, scalar))
     if _KEEPS_EXPRESSIONS or not _is_variable_float(scalar):
