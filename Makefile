@@ -12,6 +12,7 @@ DEVICE ?= cpu
 SEEDS ?= 0
 OUT ?= demo.png
 WORKERS ?= 2
+TOGETHER := --blocks 8 --minutes 7
 
 .PHONY: demo test lint types pytest mutants bench gpu clean
 
@@ -34,17 +35,18 @@ pytest: $(VENV)/ready
 mutants: $(VENV)/ready
 	$(BIN)/python tests/mutants.py
 
-# Into build/bench/DEVICE. No case begins when the minutes of its command are over.
+# Into build/bench/DEVICE. No case begins when the minutes are over.
 bench: $(VENV)/ready
-	$(BIN)/python -m bench scaling --tensors 10 100 1000 5000 --sizes 1e4 1e5 1e6 1e7 \
-	    --rows "clip + fused,multi_tensor,limit" --no-first-steps --minutes 1
-	$(BIN)/python -m bench scaling --name compilation --tensors 10 30 --sizes --minutes 2 \
-	    --rows "clip + fused,one graph,multi_tensor,limit"
-	$(BIN)/python -m bench train --rows torch "torch, fused" compileclip "compileclip, eager"
-	$(BIN)/python -m bench step --name optimizers --optimizer SGD RMSprop NAdam RAdam --minutes 2 \
-	    --shapes 2000x32x32 resnet50 --rows "clip +,multi_tensor,limit" --no-first-steps
-	$(BIN)/python -m bench step --shapes 1x1000 2000x32x32 resnet50 64x1024x1024 --minutes 2.5 \
-	    --compile-tensors 0 --no-first-steps
+	$(BIN)/python -m bench \
+	    train --rows torch "torch, fused" compileclip "compileclip, eager" \
+	    + scaling --tensors 10 100 1000 5000 --sizes 1e4 1e5 1e6 1e7 \
+	    --rows "clip + fused,multi_tensor,limit" $(TOGETHER) --no-first-steps \
+	    + scaling --name compilation --tensors 10 30 --sizes \
+	    --rows "clip + fused,one graph,multi_tensor,limit" $(TOGETHER) \
+	    + step --name optimizers --optimizer SGD RMSprop NAdam RAdam \
+	    --shapes 2000x32x32 resnet50 --rows "clip +,multi_tensor,limit" $(TOGETHER) --no-first-steps \
+	    + step --shapes 1x1000 2000x32x32 resnet50 64x1024x1024 \
+	    --compile-tensors 0 $(TOGETHER) --no-first-steps
 
 # No virtual environment: on a GPU machine the torch that fits its driver is installed already.
 # What fails does not keep the rest from running; results go to the folder OUT of the environment.

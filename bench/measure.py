@@ -91,7 +91,9 @@ class Measurement:
         self._result.bytes_per_parameter = work.needed_bytes / case.elements
         self._runs: dict[str, Run] = {}
         self._times: dict[str, Times] = {}
-        torch.compiler.reset()  # another case is no recompilation, of which there may be a few only
+        if any(row.compiles and _may_compile(row, case, method) for row in chosen):
+            # Another case is no recompilation, of which there may be a few only.
+            torch.compiler.reset()
         for row, found in pairs:
             on_progress(f"check of {row.name}")
             with use_caches(folders.get(row.name)):  # filled already

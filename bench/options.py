@@ -9,9 +9,11 @@ from pathlib import Path
 
 from bench import argument_types, rows
 from bench.argument_types import positive
-from bench.case import DTYPES
+from bench.case import DTYPES, Case
 from bench.measure import Method
 from bench.optimizers import OPTIMIZERS
+from bench.progress import Plan
+from bench.results import Report
 from bench.rows import Row
 
 
@@ -63,8 +65,26 @@ def add_output(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True)
 
 
-def method_of(args: argparse.Namespace) -> Method:
-    """The method that ``add_method``'s options ask for."""
+def plan_of(
+    command: str,
+    cases: Sequence[Case],
+    args: argparse.Namespace,
+    draw: Callable[[Report, Path], Sequence[Path]],
+) -> Plan:
+    """What ``args`` ask for, by options of ``add_work``, ``add_method`` and ``add_output``."""
+    return Plan(
+        command,
+        cases,
+        args.rows,
+        _method(args),
+        args.out,
+        args.name,
+        args.minutes,
+        draw if args.plots else lambda report, path: [],
+    )
+
+
+def _method(args: argparse.Namespace) -> Method:
     return Method(
         repetitions=args.repetitions,
         seconds=args.seconds,

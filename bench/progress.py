@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm  # type: ignore[import-untyped]  # it has no annotations
@@ -19,119 +18,146 @@ from bench.results import CaseResult, Report
 from bench.rows import Row
 
 
-def run_cases(
-    command: str,
-    cases: Sequence[Case],
-    chosen: Sequence[Row],
-    method: Method,
-    args: argparse.Namespace,
-) -> tuple[Report, Path]:
-    """Measure ``cases``; a case that cannot be measured gets a line.
+@dataclass(frozen=True)
+class Plan:
+    """What a command is to measure.
 
-    Args:
-        command: the subcommand's name, for the report.
-        cases: what to measure; not empty.
-        chosen: the rows; all of them if empty.
+    Attributes:
+        command: its name.
+        cases: what to measure.
+        rows: the ways to do it; all of them if empty.
         method: how.
-        args: with ``out``, ``name`` and ``minutes``.
+        out: the folder of the results; None is the device's own.
+        name: of the files.
+        minutes: no case begins later than that.
+        draw: makes the figures.
+    """
+
+    command: str
+    cases: Sequence[Case]
+    rows: Sequence[Row]
+    method: Method
+    out: Path | None
+    name: str
+    minutes: float
+    draw: Callable[[Report, Path], Sequence[Path]]
+
+
+class _Work:
+    """A plan and what it has found so far."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        where = environment.describe(plan.cases[0].device)
+        self.report = Report(plan.command, where, asdict(plan.method))
+        self.path = output_folder(plan.out, where) / f"{plan.name}.json"
+
+    def add(self, result: CaseResult) -> None:
+        """Print and store ``result``."""
+        self.report.cases.append(result)
+        tqdm.write(tables.case_table(result), file=sys.stdout)
+        self.report.write(self.path)
+
+
+def run_plans(plans: Sequence[Plan]) -> int:
+    """Measure ``plans`` together, print and plot; a case that cannot be measured gets a line.
 
     Returns:
-        The report, and the JSON file that holds it.
+        An exit status: 1 if a row was wrong or a plan measured nothing.
     """
-    where = environment.describe(cases[0].device)
-    report = Report(command, where, asdict(method))
-    path = output_folder(args.out, where) / f"{args.name}.json"
-    print(environment.headline(where))
+    works = [_Work(plan) for plan in plans if plan.cases]
+    for headline in dict.fromkeys(environment.headline(w.report.environment) for w in works):
+        print(headline)
+    jobs = [_Job(work, case) for work in works for case in work.plan.cases]
     # In a file each refresh stays, so let there be few.
     interval = 0.1 if sys.stderr.isatty() else 30.0
     with (
         tempfile.TemporaryDirectory(prefix="bench-caches-") as caches,
-        tqdm(total=len(cases), unit="case", mininterval=interval) as bar,
+        tqdm(total=len(jobs), unit="case", mininterval=interval) as bar,
     ):
-        measured = _results(cases, chosen or rows.ROWS, method, Path(caches), args.minutes, bar)
-        for result in measured:
-            report.cases.append(result)
-            tqdm.write(tables.case_table(result), file=sys.stdout)
-            report.write(path)
+        for job, result in _results(jobs, Path(caches), bar):
+            job.work.add(result)
             bar.update()
-    return report, path
+    statuses = [_conclude(work) for work in works]
+    return max(statuses, default=1) if len(works) == len(plans) else 1
 
 
-def _results(
-    cases: Sequence[Case],
-    chosen: Sequence[Row],
-    method: Method,
-    caches: Path,
-    minutes: float,
-    bar: tqdm,
-) -> Iterator[CaseResult]:
-    """Measure ``cases``: the others each at a time, the blocks of the small ones between them."""
-    small = [case for case in cases if case.is_small]
-    large = [case for case in cases if not case.is_small]
-    waiting = _Waiting(method.blocks, bar)
+class _Job:
+    """A case of a plan, and its measurement once that has begun."""
 
-    def start(case: Case) -> Measurement:
-        bar.set_description_str(case.name)
-        if bar.format_dict["elapsed"] >= 60 * minutes:
-            raise NotRunError(f"the time is up (--minutes {minutes:g})")
-        return Measurement(case, chosen, method, caches, lambda what: _show(bar, what))
+    def __init__(self, work: _Work, case: Case) -> None:
+        self.work, self.case = work, case
+        self.error: Exception | None = None
+        self._measurement: Measurement | None = None
+        self._blocks = work.plan.method.blocks if case.is_small else 1
+        self._done = 0
 
-    for case in small:
-        try:
-            waiting.measurements[case] = start(case)
-        except Exception as error:
-            yield _failed(case, error)
-    for number, case in enumerate(large):
-        waiting.time(until=(number + 1) / (len(large) + 1))
-        try:
-            measurement = start(case)
-            measurement.time()
-            yield measurement.finish()
-        except Exception as error:
-            yield _failed(case, error)
-    waiting.time(until=1.0)
-    yield from waiting.results()
+    def start(self, caches: Path, bar: tqdm) -> None:
+        """Check the rows."""
+        plan = self.work.plan
 
+        def check() -> None:
+            bar.set_description_str(self.case.name)
+            if bar.format_dict["elapsed"] >= 60 * plan.minutes:
+                raise NotRunError(f"the time is up (--minutes {plan.minutes:g})")
+            self._measurement = Measurement(
+                self.case,
+                plan.rows or rows.ROWS,
+                plan.method,
+                caches,
+                lambda what: _show(bar, what),
+            )
 
-class _Waiting:
-    """Small cases, whose tensors are kept while others are measured.
+        self._try(check)
 
-    Attributes:
-        measurements: by case.
-    """
+    def time_block(self, until: float) -> bool:
+        """Time a block unless ``until``, a part of all of them, is done or one has failed."""
+        measurement = self._measurement
+        if self.error or measurement is None or self._done >= round(until * self._blocks):
+            return False
+        self._done += 1
+        self._try(lambda: measurement.time(self._blocks))
+        return True
 
-    def __init__(self, blocks: int, bar: tqdm) -> None:
-        self.measurements: dict[Case, Measurement] = {}
-        self._errors: dict[Case, Exception] = {}
-        self._blocks, self._done = blocks, 0
-        self._bar = bar
-
-    def time(self, until: float) -> None:
-        """Time the next blocks, until this part of them is done."""
-        while self._done < round(until * self._blocks):
-            self._done += 1
-            for case, measurement in self.measurements.items():
-                self._bar.set_description_str(case.name)
-                try:
-                    if case not in self._errors:
-                        measurement.time(self._blocks)
-                except Exception as error:
-                    self._errors[case] = error
-
-    def results(self) -> Iterator[CaseResult]:
-        """What was found."""
-        for case, measurement in self.measurements.items():
+    def finish(self) -> CaseResult:
+        """What was found; the tensors are let go."""
+        measurement, self._measurement = self._measurement, None
+        if measurement is not None and self.error is None:
             try:
-                if case in self._errors:
-                    raise self._errors[case]
-                yield measurement.finish()
+                return measurement.finish()
             except Exception as error:
-                yield _failed(case, error)
+                self.error = error
+        reason = ": ".join(explain(self.error)) if self.error else ""
+        if isinstance(self.error, NotRunError):
+            reason = str(self.error)
+        return CaseResult(self.case.to_json(), self.case.title, reason=reason)
+
+    def _try(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except Exception as error:
+            self.error = error
 
 
-def _failed(case: Case, error: Exception) -> CaseResult:
-    reason = str(error) if isinstance(error, NotRunError) else ": ".join(explain(error))
-    return CaseResult(case.to_json(), case.title, reason=reason)
+def _results(jobs: Sequence[_Job], caches: Path, bar: tqdm) -> Iterator[tuple[_Job, CaseResult]]:
+    """Measure the large cases each at a time, and the blocks of all small ones between them."""
+    small = [job for job in jobs if job.case.is_small]
+    large = [job for job in jobs if not job.case.is_small]
+
+    def time_small(until: float) -> None:
+        while sum(job.time_block(until) for job in small):  # a block of each at a time
+            pass
+
+    for job in small:
+        job.start(caches, bar)
+    for number, job in enumerate(large, start=1):
+        time_small(number / (len(large) + 1))
+        job.start(caches, bar)
+        job.time_block(until=1.0)
+        yield job, job.finish()
+    time_small(until=1.0)
+    for job in small:
+        yield job, job.finish()
 
 
 def _show(bar: tqdm, what: str) -> None:
@@ -143,14 +169,11 @@ def output_folder(out: Path | None, where: dict[str, object]) -> Path:
     return out or ROOT / "build" / "bench" / environment.slug(where)
 
 
-def conclude(report: Report, path: Path, figures: Sequence[Path]) -> int:
-    """Say what the columns mean and where the files are, and sum up.
-
-    Returns:
-        The exit status.
-    """
-    print(f"\n{tables.NOTES}\n\nResults: {path}")
-    for figure in figures:
+def _conclude(work: _Work) -> int:
+    """Say what the columns mean and where the files are, and sum up; the exit status."""
+    report = work.report
+    print(f"\n{tables.NOTES}\n\nResults: {work.path}")
+    for figure in work.plan.draw(report, work.path):
         print(f"Figure: {figure}")
     print(f"\n{environment.headline(report.environment)}\n{tables.summary(report.cases)}")
     return exit_code(report)

@@ -6,7 +6,7 @@ import argparse
 
 from bench import options, plots
 from bench.case import Case
-from bench.progress import conclude, run_cases
+from bench.progress import Plan
 
 TENSORS = (10, 30, 100, 300, 1000, 5000)
 SIZES = (10**4, 10**5, 10**6, 10**7, 10**8, 10**9)
@@ -31,21 +31,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     options.add_work(parser, several=False)
     options.add_method(parser)
     options.add_output(parser, "scaling")
-    parser.set_defaults(run=run)
+    parser.set_defaults(plan=plan)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure, print and plot.
-
-    Returns:
-        An exit status: 1 if a row was wrong or nothing was measured.
-    """
+def plan(args: argparse.Namespace) -> Plan:
+    """What the options ask for."""
     shapes = [(f"{n:,} tensors", (SHAPE,) * n) for n in sorted(set(args.tensors))]
     shapes += [(f"{n:,} elements", ((n // COUNT,),) * COUNT) for n in sorted(set(args.sizes))]
     cases = [
         Case(name, tensors, args.optimizer, args.dtype, args.device) for name, tensors in shapes
     ]
-    if not cases:
-        return 1
-    report, path = run_cases("scaling", cases, args.rows, options.method_of(args), args)
-    return conclude(report, path, plots.of_scaling(report, path) if args.plots else [])
+    return options.plan_of("scaling", cases, args, plots.of_scaling)

@@ -8,7 +8,7 @@ import sys
 
 from bench import options, plots
 from bench.case import Case
-from bench.progress import conclude, run_cases
+from bench.progress import Plan
 from bench.shapes import SHAPES, ModelError, Shape, of_model
 
 
@@ -27,25 +27,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     options.add_work(parser)
     options.add_method(parser)
     options.add_output(parser, "step")
-    parser.set_defaults(run=run)
+    parser.set_defaults(plan=plan)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure, print and plot.
-
-    Returns:
-        An exit status: 1 if a row was wrong or nothing was measured.
-    """
+def plan(args: argparse.Namespace) -> Plan:
+    """What the options ask for."""
     lists = _lists(args)
     work = itertools.product(args.device, args.dtype, args.optimizer, lists.items())
     cases = [
         Case(name, tuple(shapes), optimizer, dtypes, device)
         for device, dtypes, optimizer, (name, shapes) in work
     ]
-    if not cases:
-        return 1
-    report, path = run_cases("step", cases, args.rows, options.method_of(args), args)
-    return conclude(report, path, plots.of_step(report, path) if args.plots else [])
+    return options.plan_of("step", cases, args, plots.of_step)
 
 
 def _lists(args: argparse.Namespace) -> dict[str, list[Shape]]:

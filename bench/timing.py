@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.runs import Run
 
-MOST = 5  # times the repetitions that were asked for
+MOST = 20  # times the repetitions that were asked for
 FLUSH_BYTES = {"cpu": 512 * 2**20, "cuda": 256 * 2**20}  # several times a last-level cache
 
 

@@ -10,6 +10,8 @@ import torch
 from bench_cases import Unclipped, row
 
 from bench import __main__, rows
+from bench.case import Case
+from bench.measure import Measurement
 from bench.results import CaseResult, read
 from bench.rows import BASELINE, OURS, Row
 
@@ -54,6 +56,31 @@ def test_scaling_command(tmp_path: Path) -> None:
     cases: list[CaseResult] = read(tmp_path / "scaling.json").cases
     assert [c.case["tensors"] for c in cases] == [1, 3, 16]
     assert {p.name for p in tmp_path.glob("*.png")} >= {"scaling-time.png", "scaling-limit.png"}
+
+
+def test_commands_measured_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Blocks of small cases of all commands take turns, before, between and after large ones."""
+    order: list[int] = []
+    time = Measurement.time
+
+    def recorded(self: Measurement, blocks: int = 1) -> None:
+        order.append(self._result.case["tensors"])
+        time(self, blocks)
+
+    monkeypatch.setattr(Measurement, "time", recorded)
+    monkeypatch.setattr(Case, "is_small", property(lambda case: len(case.shapes) < 3))
+    options = ["--rows", "fused,multi_tensor,limit", "--repetitions", "4", "--blocks", "4"]
+    options += ["--no-first-steps", "--out", str(tmp_path)]
+    first = ["scaling", "--tensors", "2", "3", "--sizes", *options]
+    second = ["step", "--shapes", "1x1000", "--seconds", "1e-9", *options]
+    assert __main__.main([*first, "+", *second]) == 0
+    assert order == [2, 1, 2, 1, 3, 2, 1, 2, 1]
+    assert [c.case["tensors"] for c in read(tmp_path / "scaling.json").cases] == [3, 2]
+    (case,) = read(tmp_path / "step.json").cases
+    assert case.row(OURS)
+    assert capsys.readouterr().out.count("Results: ") == 2
 
 
 def test_train_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
