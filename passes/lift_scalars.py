@@ -54,6 +54,7 @@ class LiftScalars:
                 replacement = rule(graph, node)
             if replacement is None:
                 continue
+            replacement.meta = dict(node.meta)  # shapes and dtypes are the same
             node.replace_all_uses_with(replacement)
             graph.erase_node(node)
             rewritten += 1
@@ -144,6 +145,8 @@ def _fma(graph: Graph, node: Node) -> Node | None:
 def _mul(graph: Graph, node: Node) -> Node | None:
     """``x * s``, which Dynamo of torch 2.11 makes of ``y.add_(x, alpha=s)`` and its like."""
     x, scalar = node.args
+    if _is_variable_float(x):
+        x, scalar = scalar, x
     if _KEEPS_EXPRESSIONS or not _is_variable_float(scalar) or not isinstance(x, Node):
         return None
     is_tensor = isinstance(x.meta.get("example_value"), torch.Tensor)

@@ -170,6 +170,7 @@ class _Driver:
 @contextlib.contextmanager
 def _pretend_h100() -> Iterator[None]:
     import torch._inductor.fx_passes.joint_graph as joint_graph
+    import torch._subclasses.fake_tensor as fake_tensor
     from torch._dynamo.device_interface import CudaInterface
     from torch.utils._triton import has_triton
 
@@ -218,6 +219,8 @@ def _pretend_h100() -> Iterator[None]:
             enter(mock.patch.object(torch.cuda, name, returning(value)))
         enter(mock.patch.object(Tensor, "copy_", copy_))
         enter(mock.patch.object(joint_graph, "lazy_init", returning(None)))
+        # A build for CUDA would make a tensor on the device.
+        enter(mock.patch.object(fake_tensor, "init_gpu_context", returning(None)))
         # Asked before or after, it answers for the machine that is there.
         has_triton.cache_clear()
         stack.callback(has_triton.cache_clear)

@@ -43,13 +43,15 @@ def keeping_gradients(run: Training) -> Callable[[Tensor], Tensor]:
 def compare(ours: Training, theirs: Training, step: Callable[[Tensor], Tensor]) -> None:
     """Six steps, two of them skipped: parameters, state, norms, gradients."""
     reference = keeping_gradients(theirs)
+    # Observed: 1.4e-5 on Muon with torch 2.11, 2e-6 with 2.13: a last bit of what it orthogonalizes
+    # in bfloat16 is 4e-3 of an update of 1.4e-3, in each of four steps. Less on the others.
+    bound = 2e-5 if isinstance(theirs.optimizer.optimizer, torch.optim.Muon) else 1e-5
     for i in range(6):
         x = torch.randn(3, 4, generator=torch.Generator().manual_seed(i)) * BAD.get(i, 1.0)
         before = [p.detach().clone() for p in ours.model.parameters()]
         step(x)
         reference(x)
-        # Observed: 2e-6 on Muon, which orthogonalizes in bfloat16, less on the others.
-        close = {"rtol": 1e-4, "atol": 1e-5, "equal_nan": True}
+        close = {"rtol": 1e-4, "atol": bound, "equal_nan": True}
         pairs = list(zip(ours.model.parameters(), theirs.model.parameters(), strict=True))
         for p, q in pairs:
             torch.testing.assert_close(p, q, **close)
