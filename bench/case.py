@@ -59,7 +59,7 @@ class Case:
     @property
     def is_small(self) -> bool:
         """Whether the tensors of several such cases can be kept at a time."""
-        return self.elements <= 2**24
+        return self.elements <= 2**25
 
     @property
     def elements(self) -> int:

@@ -22,6 +22,8 @@ from bench.runs import Run
 from bench.timing import Clock, Times, interleave, summarize
 from bench.workload import CLOSE, Workload, check_fits
 
+WARM_AGAIN = 2  # steps before a later block of a case at most
+
 
 @dataclass(frozen=True)
 class Method:
@@ -112,7 +114,7 @@ class Measurement:
             self._runs,
             Clock(device, method.cold),
             -(-method.repetitions // blocks),
-            method.warmup,
+            min(method.warmup, WARM_AGAIN) if self._times else method.warmup,
             method.seconds / blocks,
             lambda: self._tell(f"round {next(rounds)}"),
         )
