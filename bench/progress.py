@@ -53,8 +53,10 @@ class _Work:
         self.path = output_folder(plan.out, where) / f"{plan.name}.json"
 
     def add(self, result: CaseResult) -> None:
-        """Print and store ``result``."""
-        self.report.cases.append(result)
+        """Print and store ``result``, in the order of the plan."""
+        cases, titles = self.report.cases, [case.title for case in self.plan.cases]
+        cases.append(result)
+        cases.sort(key=lambda case: titles.index(case.title))
         tqdm.write(tables.case_table(result), file=sys.stdout)
         self.report.write(self.path)
 
