@@ -205,6 +205,15 @@ def _pretend_h100() -> Iterator[None]:
     def copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         return torch.ops.aten.copy_.default(self, source, non_blocking)
 
+    tensor = torch.tensor
+
+    def on_fake_device(data: Any, **kwargs: Any) -> Tensor:
+        """Inductor's lerp makes a tensor of its weight on the device, which is not there."""
+        device = kwargs.get("device")
+        if device is None or torch.device(device).type != "cuda":
+            return tensor(data, **kwargs)
+        return torch.full((), data, **kwargs)
+
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         triton.runtime.driver.set_active(_Driver())
@@ -218,6 +227,7 @@ def _pretend_h100() -> Iterator[None]:
         for name, value in cuda.items():
             enter(mock.patch.object(torch.cuda, name, returning(value)))
         enter(mock.patch.object(Tensor, "copy_", copy_))
+        enter(mock.patch.object(torch, "tensor", on_fake_device))
         enter(mock.patch.object(joint_graph, "lazy_init", returning(None)))
         # A build for CUDA would make a tensor on the device.
         enter(mock.patch.object(fake_tensor, "init_gpu_context", returning(None)))
