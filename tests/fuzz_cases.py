@@ -23,6 +23,7 @@ from torch.optim import (
     RMSprop,
     Rprop,
 )
+from torch.torch_version import TorchVersion
 
 # Whether it takes roots, and how it is made of groups.
 MAKERS: dict[str, tuple[bool, Callable[..., Optimizer]]] = {
@@ -112,7 +113,7 @@ def happen(event: str, which: int, opt: Optimizer, other: Optimizer, seed: int) 
         p.requires_grad_(event == "thaw")
     elif event == "load":
         opt.load_state_dict(copy.deepcopy(other.state_dict()))
-    elif event == "add a group":
+    elif event == "add a group" and takes_groups(opt):
         generator = torch.Generator().manual_seed(seed)
         values = [random(shape, torch.float32, generator) for shape in ((9,), (3, 3))]
         opt.add_param_group({"params": [nn.Parameter(v) for v in values], "lr": 0.05})
@@ -122,6 +123,12 @@ def happen(event: str, which: int, opt: Optimizer, other: Optimizer, seed: int) 
             opt.state[p][name] = laid_out(value, layout) if isinstance(value, Tensor) else value
     elif event == "move":
         p.data = laid_out(p.data, PARAM_LAYOUTS[which % len(PARAM_LAYOUTS)])
+
+
+def takes_groups(opt: Optimizer) -> bool:
+    """Whether torch's class steps with a group that is added: Adagrad does from 2.12 on."""
+    stock = getattr(opt, "optimizer", opt)
+    return not isinstance(stock, Adagrad) or TorchVersion(torch.__version__) >= "2.12"
 
 
 def give_gradients(opt: Optimizer, layouts: list[str], seed: int) -> None:
