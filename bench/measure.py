@@ -83,7 +83,7 @@ class Measurement:
         folders: dict[str, Path] = {}
         # Before this process takes memory, of which the others need as much.
         for row, found in pairs:
-            if method.first_steps and row.compiles and _may_compile(row, case, method):
+            if method.first_steps and row.compiles and _may_run(row, case, method):
                 on_progress(f"first steps of {row.name}")
                 folders[row.name] = folder = Path(tempfile.mkdtemp(dir=caches))
                 times = first_steps(case, row.name, folder, method.first_step_limit)
@@ -93,7 +93,7 @@ class Measurement:
         self._result.bytes_per_parameter = work.needed_bytes / case.elements
         self._runs: dict[str, Run] = {}
         self._times: dict[str, Times] = {}
-        if any(row.compiles and _may_compile(row, case, method) for row in chosen):
+        if compiles_tensors(chosen, case, method):
             # Another case is no recompilation, of which there may be a few only.
             torch.compiler.reset()
         for row, found in pairs:
@@ -138,7 +138,12 @@ class Measurement:
         return self._result
 
 
-def _may_compile(row: Row, case: Case, method: Method) -> bool:
+def compiles_tensors(chosen: Sequence[Row], case: Case, method: Method) -> bool:
+    """Whether a row of ``chosen`` that is compiled tensor by tensor is to run."""
+    return any(row.per_tensor and _may_run(row, case, method) for row in chosen)
+
+
+def _may_run(row: Row, case: Case, method: Method) -> bool:
     try:
         check_compilation(row, len(case.shapes), method.compile_tensors)
     except NotRunError:

@@ -13,9 +13,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # it has no annotations
 from bench import environment, rows, tables
 from bench.case import Case, NotRunError
 from bench.environment import ROOT
-from bench.measure import Measurement, Method, explain
+from bench.measure import Measurement, Method, compiles_tensors, explain
 from bench.results import CaseResult, Report
 from bench.rows import Row
+
+FEW = 32  # so many tensors are compiled again in seconds
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,13 @@ def run_plans(plans: Sequence[Plan]) -> int:
     """Measure ``plans`` together, print and plot; a case that cannot be measured gets a line.
 
     Returns:
-        An exit status: 1 if a row was wrong or a plan measured nothing.
+        An exit status: 1 if a row was wrong, a plan measured nothing or two write the same file.
     """
     works = [_Work(plan) for plan in plans if plan.cases]
+    paths = [work.path for work in works]
+    for path in sorted({path for path in paths if paths.count(path) > 1}):
+        print(f"not run: two commands write {path}; give one of them another --name")
+        return 1
     for headline in dict.fromkeys(environment.headline(w.report.environment) for w in works):
         print(headline)
     jobs = [_Job(work, case) for work in works for case in work.plan.cases]
@@ -85,13 +91,21 @@ def run_plans(plans: Sequence[Plan]) -> int:
 
 
 class _Job:
-    """A case of a plan, and its measurement once that has begun."""
+    """A case of a plan, and its measurement once that has begun.
+
+    Attributes:
+        compiles: whether starting it makes all that others compiled be compiled again.
+        waits: whether its tensors are kept while others are measured.
+    """
 
     def __init__(self, work: _Work, case: Case) -> None:
         self.work, self.case = work, case
         self.error: Exception | None = None
         self._measurement: Measurement | None = None
-        self._blocks = work.plan.method.blocks if case.is_small else 1
+        plan = work.plan
+        self.compiles = compiles_tensors(plan.rows or rows.ROWS, case, plan.method)
+        self.waits = case.is_small and not (self.compiles and len(case.shapes) > FEW)
+        self._blocks = plan.method.blocks if self.waits else 1
         self._done = 0
 
     def start(self, caches: Path, bar: tqdm) -> None:
@@ -142,23 +156,31 @@ class _Job:
 
 
 def _results(jobs: Sequence[_Job], caches: Path, bar: tqdm) -> Iterator[tuple[_Job, CaseResult]]:
-    """Measure the large cases each at a time, and the blocks of all small ones between them."""
-    small = [job for job in jobs if job.case.is_small]
-    large = [job for job in jobs if not job.case.is_small]
+    """Measure the cases, those that wait in turns between others.
 
-    def time_small(until: float) -> None:
-        while sum(job.time_block(until) for job in small):  # a block of each at a time
-            pass
+    What compiles comes first: it would make those that wait compile again before each block.
+    """
+    waiting = [job for job in jobs if job.waits]
+    first = [job for job in jobs if not job.waits and job.compiles]
+    others = [job for job in jobs if not job.waits and not job.compiles]
 
-    for job in small:
-        job.start(caches, bar)
-    for number, job in enumerate(large, start=1):
-        time_small(number / (len(large) + 1))
+    def alone(job: _Job) -> tuple[_Job, CaseResult]:
         job.start(caches, bar)
         job.time_block(until=1.0)
-        yield job, job.finish()
-    time_small(until=1.0)
-    for job in small:
+        return job, job.finish()
+
+    def in_turns(until: float) -> None:
+        while sum(job.time_block(until) for job in waiting):  # a block of each at a time
+            pass
+
+    yield from map(alone, first)
+    for job in waiting:
+        job.start(caches, bar)
+    for number, job in enumerate(others, start=1):
+        in_turns(number / (len(others) + 1))
+        yield alone(job)
+    in_turns(until=1.0)
+    for job in waiting:
         yield job, job.finish()
 
 

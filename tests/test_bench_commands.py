@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from bench_cases import Unclipped, row
 
-from bench import __main__, rows
+from bench import __main__, progress, rows
 from bench.case import Case
 from bench.measure import Measurement
 from bench.results import CaseResult, read
@@ -83,6 +84,26 @@ def test_commands_measured_together(
     assert capsys.readouterr().out.count("Results: ") == 2
 
 
+def test_what_compiles_is_measured_before_what_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else those that wait would be compiled again before each block."""
+    started: list[int] = []
+    check = Measurement.__init__
+
+    def recorded(self: Measurement, case: Case, *args: Any) -> None:
+        started.append(len(case.shapes))
+        check(self, case, *args)
+
+    monkeypatch.setattr(Measurement, "__init__", recorded)
+    monkeypatch.setattr(progress, "FEW", 2)  # 3 tensors are many to compile, 4 too many
+    options = ["--tensors", "2", "3", "4", "--sizes", "--rows", "fused,one graph", "--no-plots"]
+    options += ["--compile-tensors", "3", "--repetitions", "2", "--warmup", "0"]
+    options += ["--seconds", "1e-9", "--no-first-steps", "--out", str(tmp_path)]
+    assert __main__.main(["scaling", *options]) == 0
+    assert started == [3, 2, 4]
+
+
 def test_train_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--layers", "1", "--width", "32", "--block", "8", "--batch", "2", "--steps", "8"]
     options += ["--rows", "compileclip", "torch, fused", "--out", str(tmp_path)]
@@ -111,6 +132,13 @@ def test_bad_options(options: list[str], message: str, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         __main__.main(options)
     assert message in capsys.readouterr().err
+
+
+def test_commands_that_write_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step = ["step", "--shapes", "1x1000", "--out", str(tmp_path)]
+    assert __main__.main([*step, "+", *step]) == 1
+    assert f"two commands write {tmp_path / 'step.json'}; give" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("options", [["--device", "cuda:77"], ["--width", "33"]])
