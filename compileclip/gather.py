@@ -106,7 +106,9 @@ class Table:
             array("q", accumulate((1 + 2 * p.dim() for p in params), initial=0)),
             array("i", library().kind(grad)),
         )
-        self._hints = array("Q", chain.from_iterable(map(_hints, params, bucket.states)))
+        hints = list(map(_hints, params, bucket.states))
+        self._hints = array("Q", (at for each in hints for at, _ in each))
+        self._lines = array("q", [lines for _, lines in hints[0]])
         self._native = self._struct()
         self._check()
 
@@ -158,16 +160,19 @@ class Table:
         counted = (len(self.bucket.params), len(self._objects[2].objects))
         where = (address(self.places), address(self._grads))
         table = (address(self.addresses), self._grad_row)
-        hints = (len(self._hints) // len(self.bucket.params), address(self._hints))
+        hints = (len(self._lines), address(self._hints), address(self._lines))
         layouts = (shapes, starts, kind)
         parts = (params, states, keys, kept, rows, *table, *layouts, *where, *hints)
         return array("q", [*counted, *parts])
 
 
-def _hints(param: Tensor, state: dict[str, Any]) -> list[int]:
-    """Where what is read of a parameter and its state lies."""
+def _hints(param: Tensor, state: dict[str, Any]) -> list[tuple[int, int]]:
+    """Where what is read of a parameter and its state lies, and how many lines of the cache."""
     tensors = [param, *(v for v in state.values() if isinstance(v, Tensor) and v.dim() > 0)]
     implementations = [t._cdata for t in tensors]
-    storages = map(library().storage_of, implementations)
-    slot = library().grad_of(param._cdata) - 64
-    return [id(state), *map(id, tensors), *implementations, *storages, slot]
+    return [
+        *((id(t), 1) for t in tensors),
+        *((held, 4) for held in implementations),
+        *((library().storage_of(held), 2) for held in implementations),
+        (library().grad_of(param._cdata), 1),
+    ]

@@ -46,26 +46,34 @@ struct Bucket {
   const int64_t* places;  // of the gradients in "grads"
   uint64_t* grads;
   int64_t hints_each;
-  const Object* hints;  // objects of each parameter that are read
+  const Object* hints;   // what is read of each parameter
+  const int64_t* lines;  // of each hint, how many lines of the cache
 };
 
 enum Status { SAME, LAYOUT, STALE };
 
 // What a step touches is spread over memory and no longer in the cache when it begins. So it is
 // fetched some parameters ahead; addresses that are no longer right cost nothing but that.
-constexpr int64_t AHEAD = 4;
 constexpr int64_t BLOCK = 128;  // parameters that a thread takes at a time
+constexpr int64_t TENSOR = 4, STORAGE = 2, ENTRIES = 3;  // cache lines
+constexpr int64_t TABLE = 4;  // where CPython has that of a dictionary, in pointers; a guess
 
-static void prefetch(const void* object) {
-  for (int at = 0; at < 256; at += 64) __builtin_prefetch((const char*)object + at);
+static void prefetch(const void* object, int64_t lines) {
+  for (int64_t k = 0; k < lines; ++k) __builtin_prefetch((const char*)object + 64 * k);
 }
 
 static void prefetch(const Torch& torch, const Bucket& bucket, int64_t now, int64_t end) {
   const int64_t count = bucket.hints_each;
-  if (now + 3 * AHEAD < end)
-    for (int64_t k = 0; k < count; ++k) prefetch(bucket.hints[(now + 3 * AHEAD) * count + k]);
-  if (now + 2 * AHEAD < end) prefetch(*torch.grad_of(bucket.params[now + 2 * AHEAD]));
-  if (now + AHEAD < end) prefetch(torch.storage_of(*torch.grad_of(bucket.params[now + AHEAD])));
+  if (now + 3 < end)
+    for (int64_t k = 0; k < count; ++k)
+      prefetch(bucket.hints[(now + 3) * count + k], bucket.lines[k]);
+  if (now + 2 < end) prefetch(*torch.grad_of(bucket.params[now + 2]), TENSOR);
+  if (now + 1 < end) prefetch(torch.storage_of(*torch.grad_of(bucket.params[now + 1])), STORAGE);
+}
+
+static void prefetch_state(const Bucket& bucket, int64_t now) {
+  if (now + 16 < bucket.n) prefetch(bucket.states[now + 16], 1);
+  if (now + 8 < bucket.n) prefetch(((void**)bucket.states[now + 8])[TABLE], ENTRIES);
 }
 
 // Whether a tensor has the shape, and where it differs in nothing but its strides, LAYOUT.
@@ -144,8 +152,10 @@ extern "C" int compileclip_gather(const Torch* torch, const Bucket* bucket, int 
   {
 // Python is for the thread that called, which holds its lock.
 #pragma omp master
-    for (int64_t i = 0; i < n && status != STALE; ++i)
+    for (int64_t i = 0; i < n && status != STALE; ++i) {
+      prefetch_state(*bucket, i);
       if (!is_kept(*torch, *bucket, i)) status = STALE;
+    }
 #pragma omp for schedule(dynamic)
     for (int64_t k = 0; k < blocks; ++k)
       status |= gather(*torch, *bucket, k * BLOCK, k * BLOCK + BLOCK < n ? k * BLOCK + BLOCK : n);
