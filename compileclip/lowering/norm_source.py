@@ -12,6 +12,7 @@ SOURCE = r"""
 
 constexpr int64_t CHUNK = @CHUNK@;
 constexpr int64_t GRAIN = 32768;  // ATen's: for fewer elements a thread is not worth its start
+constexpr int64_t AHEAD = 1024;  // bytes: so far a core does not fetch of itself
 enum Status { OK, OUT_OF_RANGE, OUT_OF_MEMORY };
 
 // No wider than a register of AVX2: g++ passes the halves of wider ones through memory.
@@ -59,6 +60,10 @@ template <class T> static Double4 load(const char* data, int64_t count = 4) {
   return T::widen(x);
 }
 
+static void prefetch(const char* data, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(data + at);
+}
+
 template <bool max, class V> static V join(V a, V b) {
   return max ? ((b > a) | (b != b) ? b : a) : a + b;  // NaN stays NaN
 }
@@ -73,8 +78,10 @@ template <class T, bool max> static double reduce(const char* data, int64_t firs
   n = n - first < CHUNK ? n - first : CHUNK;
   Double4 lanes[8] = {};  // independent, to hide the latency of an operation
   int64_t i = 0;
-  for (; i + 32 <= n; i += 32)
+  for (; i + 32 <= n; i += 32) {
+    prefetch(data + i * size + AHEAD, 32 * size);
     for (int k = 0; k < 8; ++k) take<max>(lanes[k], load<T>(data + (i + 4 * k) * size));
+  }
   for (int k = 0; i < n; ++k, i += 4)
     take<max>(lanes[k], load<T>(data + i * size, n - i < 4 ? n - i : 4));
   double result = 0.0;
