@@ -45,8 +45,14 @@ from compileclip.program import Program, dtype_of
 ARGUMENTS = 32  # addresses that one launch stores
 BLOCK = 1024  # elements per Triton program: 8 per thread, two 16-byte loads of float32 in flight
 # Contraction is written out where ATen has it, and libdevice keeps subnormals as nvcc's code does.
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False, "enable_reflect_ftz": False}
-# AMD's warps are twice as wide, and its backend does not have the last option.
+# As many registers as there are: left to itself, ptxas now and then spills one to have 64.
+OPTIONS = {
+    "num_warps": 4,
+    "enable_fp_fusion": False,
+    "enable_reflect_ftz": False,
+    "maxnreg": 255,
+}
+# AMD's warps are twice as wide, and its backend does not have the last two options.
 AMD_OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
 
 
