@@ -1,8 +1,19 @@
 """What several test files share."""
 
+import importlib.util
+import sys
+import types
+import unittest
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# torch's list of optimizers imports expecttest for a base class of tests, of which none is used
+# here; a GPU machine without a network may not have it.
+if importlib.util.find_spec("expecttest") is None:
+    sys.modules["expecttest"] = types.ModuleType("expecttest")
+    sys.modules["expecttest"].TestCase = unittest.TestCase  # type: ignore[attr-defined]
 
 # Other programs on a machine make drawing and testing slow, which is no fault of what is tested.
 settings.register_profile(

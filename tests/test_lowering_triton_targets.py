@@ -163,7 +163,9 @@ def test_norm(dtype: torch.dtype, order: str, target: str) -> None:
     assert set(first.widest.accesses) == {("load", 128)}
     threads = triton_norm._FIRST["num_warps"] * TARGETS[target].warp_size
     step = triton_norm._STEP.value * dtype.itemsize
-    assert first.accesses.count(("load", 128)) == step // threads // 16
+    wide = first.accesses.count(("load", 128))
+    assert wide > 0
+    assert wide % (step // threads // 16) == 0  # more where the loop is unrolled
 
 
 class Counter:

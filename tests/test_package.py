@@ -46,6 +46,14 @@ def test_wheel_has_all_and_works(tmp_path: Path) -> None:
         assert place.startswith(str(tmp_path / "site"))
 
 
+def test_gpu_tests_do_without_expecttest() -> None:
+    """What torch's tests alone need is not installed on every GPU machine."""
+    code = "import pytest; sys.modules['expecttest'] = None\n"
+    code += f"options = ['--collect-only', '-qq', '-m', 'gpu', '--rootdir', {str(ROOT)!r}]\n"
+    code += f"sys.exit(pytest.main([*options, '-p', 'no:cacheprovider', {str(ROOT / 'tests')!r}]))"
+    assert "tests/test_gpu.py" in python(code)
+
+
 def test_import_loads_no_compiler() -> None:
     """Whatever ``import torch`` alone does not load: triton, inductor, dynamo, tabulate..."""
     code = "import torch; before = set(sys.modules); import compileclip\n"
