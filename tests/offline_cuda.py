@@ -169,31 +169,39 @@ class _Driver:
 
 @contextlib.contextmanager
 def _pretend_h100() -> Iterator[None]:
+    from torch.utils._triton import has_triton
+
+    with contextlib.ExitStack() as stack:
+        triton.runtime.driver.set_active(_Driver())
+        stack.callback(setattr, triton.runtime.driver, "_active", None)
+        for patch in _patches():
+            stack.enter_context(patch)
+        # Asked before or after, it answers for the machine that is there.
+        has_triton.cache_clear()
+        stack.callback(has_triton.cache_clear)
+        yield
+
+
+def _patches() -> Iterator[Any]:
+    """What torch asks of a device, answered for an H100."""
     import torch._inductor.fx_passes.joint_graph as joint_graph
     import torch._subclasses.fake_tensor as fake_tensor
     from torch._dynamo.device_interface import CudaInterface
-    from torch.utils._triton import has_triton
 
     properties = collections.namedtuple("properties", _PROPERTIES)(**_PROPERTIES)  # type: ignore[misc]
-
-    def returning(value: Any) -> Callable[..., Any]:
-        return lambda *args, **kwargs: value
-
-    interface = {
+    both = {
         "get_device_properties": properties,
-        "is_available": True,
-        "get_compute_capability": 90,
         "current_device": 0,
+        "is_available": True,
         "device_count": 1,
+    }
+    interface = both | {
+        "get_compute_capability": 90,
         "is_triton_capable": True,
         "raise_if_triton_unavailable": None,
     }
-    cuda = {
-        "get_device_properties": properties,
+    cuda = both | {
         "get_device_capability": (9, 0),
-        "current_device": 0,
-        "is_available": True,
-        "device_count": 1,
         "get_rng_state": torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": None,
         "synchronize": None,
@@ -201,37 +209,34 @@ def _pretend_h100() -> Iterator[None]:
         "_maybe_exchange_device": -1,
         "_lazy_init": None,
     }
+    for name, value in interface.items():
+        yield mock.patch.object(CudaInterface, name, staticmethod(_returning(value)))
+    answer = staticmethod(_returning(properties))
+    yield mock.patch.object(CudaInterface.Worker, "get_device_properties", answer)
+    for name, value in cuda.items():
+        yield mock.patch.object(torch.cuda, name, _returning(value))
+    yield mock.patch.object(Tensor, "copy_", _copy_)
+    yield mock.patch.object(torch, "tensor", _on_fake_device(torch.tensor))
+    yield mock.patch.object(joint_graph, "lazy_init", _returning(None))
+    # A build for CUDA would make a tensor on the device.
+    yield mock.patch.object(fake_tensor, "init_gpu_context", _returning(None))
 
-    def copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-        return torch.ops.aten.copy_.default(self, source, non_blocking)
 
-    tensor = torch.tensor
+def _returning(value: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: value
 
-    def on_fake_device(data: Any, **kwargs: Any) -> Tensor:
-        """Inductor's lerp makes a tensor of its weight on the device, which is not there."""
+
+def _copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    return torch.ops.aten.copy_.default(self, source, non_blocking)
+
+
+def _on_fake_device(tensor: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Inductor's lerp makes a tensor of its weight on the device, which is not there."""
+
+    def make(data: Any, **kwargs: Any) -> Tensor:
         device = kwargs.get("device")
         if device is None or torch.device(device).type != "cuda":
             return tensor(data, **kwargs)
         return torch.full((), data, **kwargs)
 
-    with contextlib.ExitStack() as stack:
-        enter = stack.enter_context
-        triton.runtime.driver.set_active(_Driver())
-        stack.callback(setattr, triton.runtime.driver, "_active", None)
-        for name, value in interface.items():
-            enter(mock.patch.object(CudaInterface, name, staticmethod(returning(value))))
-        worker = CudaInterface.Worker
-        enter(
-            mock.patch.object(worker, "get_device_properties", staticmethod(returning(properties)))
-        )
-        for name, value in cuda.items():
-            enter(mock.patch.object(torch.cuda, name, returning(value)))
-        enter(mock.patch.object(Tensor, "copy_", copy_))
-        enter(mock.patch.object(torch, "tensor", on_fake_device))
-        enter(mock.patch.object(joint_graph, "lazy_init", returning(None)))
-        # A build for CUDA would make a tensor on the device.
-        enter(mock.patch.object(fake_tensor, "init_gpu_context", returning(None)))
-        # Asked before or after, it answers for the machine that is there.
-        has_triton.cache_clear()
-        stack.callback(has_triton.cache_clear)
-        yield
+    return make
