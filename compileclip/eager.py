@@ -14,7 +14,6 @@ Private parts of torch used here, read in torch 2.11 to 2.13: the attributes ``g
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -97,17 +96,25 @@ def update(optimizer: Optimizer, settings: ClipSettings, grads: Gradients, norm:
         return
     coef = None if settings.max_norm is None else reference.clip_coef(settings.max_norm, norm)
     amp = None if grads.grad_scale is None else grads.grad_scale.to(norm.device)
-    divide = settings.write_grads is not False and _takes_this_scale(optimizer, grads, norm)
+    fused = takes_grad_scale(optimizer)
+    divide = fused and settings.write_grads is not False and _takes_this_scale(grads, norm)
     divisor = _quotient(amp, coef) if divide else None
-    found_inf = grads.found_inf if takes_grad_scale(optimizer) else None  # others: decided above
-    with _attributes(optimizer, grad_scale=divisor, found_inf=found_inf):
-        factor = None if divide else _quotient(coef, amp)
+    factor = None if divide else _quotient(coef, amp)
+    found_inf = grads.found_inf if fused else None  # others: decided above
+    attributes = {"grad_scale": divisor, "found_inf": found_inf}
+    given = [name for name, tensor in attributes.items() if tensor is not None]
+    for name in given:
+        setattr(optimizer, name, attributes[name])
+    try:
         if factor is not None and settings.write_grads is False:
             _step_on_copies(optimizer, grads.params, factor)
             return
         if factor is not None:
             _scale_in_place(grads.params, factor)
         _unhooked_step(optimizer)()
+    finally:
+        for name in given:
+            delattr(optimizer, name)
 
 
 def takes_grad_scale(optimizer: Optimizer) -> bool:
@@ -126,8 +133,10 @@ def may_step(optimizer: Optimizer, settings: ClipSettings, grads: Gradients, nor
     Elsewhere this waits for the device: an optimizer that counts its steps on the host cannot be
     told by the device that one does not count.
     """
+    if settings.nonfinite == "propagate" and grads.found_inf is None:
+        return True
     skips = takes_grad_scale(optimizer)  # where found_inf is set
-    if settings.nonfinite == "propagate" and (grads.found_inf is None or skips):
+    if settings.nonfinite == "propagate" and skips:
         return True
     if settings.nonfinite == "skip" and _skips_on_device(optimizer, grads, norm):
         nonfinite = (~norm.isfinite()).to(torch.float32)
@@ -169,13 +178,12 @@ def _is_asynchronous(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def _takes_this_scale(optimizer: Optimizer, grads: Gradients, norm: Tensor) -> bool:
-    """Whether to pass the coefficient as ``grad_scale``, which the kernels read as float32.
+def _takes_this_scale(grads: Gradients, norm: Tensor) -> bool:
+    """Whether fused kernels may have the coefficient, which they read as float32.
 
     A float64 gradient deserves a float64 coefficient, and a ``DTensor`` takes no plain scale.
     """
-    narrow = norm.dtype == torch.float32
-    return narrow and takes_grad_scale(optimizer) and not any(is_sharded(p) for p in grads.params)
+    return norm.dtype == torch.float32 and not any(map(is_sharded, grads.params))
 
 
 def _unhooked_step(optimizer: Optimizer) -> Callable[[], object]:
@@ -191,19 +199,6 @@ def _quotient(dividend: Tensor | None, divisor: Tensor | None) -> Tensor | None:
     if divisor is None:
         return dividend
     return divisor.reciprocal() if dividend is None else dividend / divisor
-
-
-@contextmanager
-def _attributes(optimizer: Optimizer, **tensors: Tensor | None) -> Iterator[None]:
-    """Set those attributes of ``optimizer`` that are not None for the time of a step."""
-    names = [name for name, tensor in tensors.items() if tensor is not None]
-    for name in names:
-        setattr(optimizer, name, tensors[name])
-    try:
-        yield
-    finally:
-        for name in names:
-            delattr(optimizer, name)
 
 
 def make_writable(params: Sequence[Tensor]) -> None:

@@ -58,7 +58,7 @@ MUTANTS = [
      "return all(optimizer.state.get(p) or p in stateless for p in grads.params)", "return True",
      "tests/test_nonfinite.py"),
     ("found_inf of the scaler", "eager.py",
-     "grads.found_inf if takes_grad_scale(optimizer) else None",
+     "grads.found_inf if fused else None",
      "None", "tests/test_amp.py tests/test_nonfinite.py"),
     ("state of the wrapped", "delegate.py", "return self.optimizer.state\n", "return {}\n",
      "tests/test_wrapper.py tests/test_training.py"),
