@@ -31,7 +31,7 @@ typedef @GRADIENT@ Gradient;
 
 // Fetched ahead, as a core does not do so far of itself; an update gains nothing by it.
 static uint32_t read(const Gradient* grad, int64_t n) {
-  constexpr int64_t BLOCK = 512 / sizeof(Gradient), AHEAD = 1024 / sizeof(Gradient);
+  constexpr int64_t BLOCK = 512 / sizeof(Gradient), AHEAD = 4096 / sizeof(Gradient);
   uint32_t sum = 0;
   int64_t i = 0;
   for (; i + BLOCK <= n; i += BLOCK) {

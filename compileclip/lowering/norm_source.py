@@ -12,7 +12,7 @@ SOURCE = r"""
 
 constexpr int64_t CHUNK = @CHUNK@;
 constexpr int64_t GRAIN = 32768;  // ATen's: for fewer elements a thread is not worth its start
-constexpr int64_t AHEAD = 1024;  // bytes: so far a core does not fetch of itself
+constexpr int64_t AHEAD = 4096;  // bytes: so far a core does not fetch of itself
 enum Status { OK, OUT_OF_RANGE, OUT_OF_MEMORY };
 
 // No wider than a register of AVX2: g++ passes the halves of wider ones through memory.
@@ -72,14 +72,18 @@ template <bool max> static void take(Double4& result, Double4 x) {
   result = join<max>(result, max ? (x < 0 ? -x : x) : x * x);
 }
 
-template <class T, bool max> static double reduce(const char* data, int64_t first, int64_t n) {
+// The chunk that begins at element ``first`` of a tensor of n; after it comes the tensor ``next``.
+template <class T, bool max>
+static double reduce(const char* data, int64_t first, int64_t n, const char* next) {
   constexpr int64_t size = sizeof(typename T::stored) / 4;
+  const int64_t left = (n - first) * size, ahead = n * size < AHEAD ? n * size : AHEAD;
   data += first * size;
   n = n - first < CHUNK ? n - first : CHUNK;
   Double4 lanes[8] = {};  // independent, to hide the latency of an operation
   int64_t i = 0;
   for (; i + 32 <= n; i += 32) {
-    prefetch(data + i * size + AHEAD, 32 * size);
+    const int64_t at = i * size + ahead;
+    prefetch(at < left ? data + at : next + (at - left), 32 * size);
     for (int k = 0; k < 8; ++k) take<max>(lanes[k], load<T>(data + (i + 4 * k) * size));
   }
   for (int k = 0; i < n; ++k, i += 4)
@@ -103,12 +107,12 @@ struct List {
   int dtype_of(int64_t i) const { return dtypes ? dtypes[i] : dtype; }
 
   template <bool max> double part(int64_t i, int64_t first) const {
-    const char* data = (const char*)pointers[i];
+    const char *data = (const char*)pointers[i], *next = (const char*)pointers[i + (i + 1 < n)];
     switch (dtype_of(i)) {
-      case 0: return reduce<Float32, max>(data, first, sizes[i]);
-      case 1: return reduce<Float64, max>(data, first, sizes[i]);
-      case 2: return reduce<BFloat16, max>(data, first, sizes[i]);
-      default: return reduce<Float16, max>(data, first, sizes[i]);
+      case 0: return reduce<Float32, max>(data, first, sizes[i], next);
+      case 1: return reduce<Float64, max>(data, first, sizes[i], next);
+      case 2: return reduce<BFloat16, max>(data, first, sizes[i], next);
+      default: return reduce<Float16, max>(data, first, sizes[i], next);
     }
   }
 
