@@ -163,9 +163,12 @@ def test_norm(dtype: torch.dtype, order: str, target: str) -> None:
     assert set(first.widest.accesses) == {("load", 128)}
     threads = triton_norm._FIRST["num_warps"] * TARGETS[target].warp_size
     step = triton_norm._STEP.value * dtype.itemsize
-    wide = first.accesses.count(("load", 128))
-    assert wide > 0
-    assert wide % (step // threads // 16) == 0  # more where the loop is unrolled
+    wide, each = first.accesses.count(("load", 128)), step // threads // 16
+    if target.startswith("gfx"):  # triton 3.8 unrolls the loop there
+        assert wide >= each
+        assert wide % each == 0
+    else:
+        assert wide == each
 
 
 class Counter:
