@@ -12,7 +12,7 @@ DEVICE ?= cpu
 SEEDS ?= 0
 OUT ?= demo.png
 WORKERS ?= 2
-TOGETHER := --blocks 8 --minutes 7
+TOGETHER := --processes 6 --minutes 7
 
 .PHONY: demo test lint types pytest mutants bench gpu clean
 

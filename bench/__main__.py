@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m bench",
         description=__doc__,
         epilog=f"Commands with a {AND} between, as in 'step {AND} scaling', are measured together: "
-        "small cases of all in turns, between the large ones, whatever disturbs the machine.",
+        "with --processes, all of them in one, then all in the next.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in (step, train, scaling):

@@ -57,11 +57,6 @@ class Case:
         return OPTIMIZERS[self.optimizer]
 
     @property
-    def is_small(self) -> bool:
-        """Whether the tensors of several such cases can be kept at a time."""
-        return self.elements <= 2**25
-
-    @property
     def elements(self) -> int:
         """Of all parameters together."""
         return sum(math.prod(shape) for shape in self.shapes)

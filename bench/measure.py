@@ -22,8 +22,6 @@ from bench.runs import Run
 from bench.timing import Clock, Times, interleave, summarize
 from bench.workload import CLOSE, Workload, check_fits
 
-WARM_AGAIN = 2  # steps before a later block of a case at most
-
 
 @dataclass(frozen=True)
 class Method:
@@ -32,9 +30,10 @@ class Method:
     Attributes:
         repetitions: timed steps per row, at least.
         seconds: more steps are timed until all rows together took so long.
-        blocks: in how many blocks a small case is timed, others between them: what disturbs a
-            shared machine may last longer than all steps of one.
-        warmup: steps before them, besides the two of the check.
+        processes: among how many processes these are divided, all cases in one, then in the next;
+            rows that are compiled tensor by tensor would be compiled in each, so their cases are
+            measured in the first alone.
+        warmup: steps before them, in each process; in the first besides the two of the check.
         cold: whether caches are flushed before each step; else new gradients were just written.
         compile_tensors: rows compiled tensor by tensor run up to so many.
         first_steps: whether first steps are timed, in fresh processes.
@@ -43,7 +42,7 @@ class Method:
 
     repetitions: int = 30
     seconds: float = 3.0
-    blocks: int = 4
+    processes: int = 1
     warmup: int = 5
     cold: bool = False
     compile_tensors: int = 200
@@ -103,39 +102,55 @@ class Measurement:
             if run is not None:
                 self._runs[row.name] = run
 
-    def time(self, blocks: int = 1) -> None:
-        """Take the times of one of ``blocks`` blocks."""
-        if not self._runs:
-            return
-        method, rounds = self._method, itertools.count(1)
-        device = next(iter(self._runs.values())).work.params[0].device
-        self._tell("round 1")
-        times, errors = interleave(
-            self._runs,
-            Clock(device, method.cold),
-            -(-method.repetitions // blocks),
-            min(method.warmup, WARM_AGAIN) if self._times else method.warmup,
-            method.seconds / blocks,
-            lambda: self._tell(f"round {next(rounds)}"),
-        )
+    @property
+    def rows(self) -> list[str]:
+        """The rows that have not failed."""
+        return [row.name for row in self._result.rows if row.status == "ok"]
+
+    def time(self) -> None:
+        """Take this process's part of the times, and let the tensors go."""
+        rounds, tell = itertools.count(1), self._tell
+        if self._runs:
+            tell("round 1")
+            self.add(*take_times(self._runs, self._method, lambda: tell(f"round {next(rounds)}")))
+            _profile({name: self._runs[name] for name in self.rows}, self._result, tell)
+        self._runs.clear()
+        empty_caches()
+
+    def add(self, times: dict[str, Times], errors: dict[str, tuple[str, str]]) -> None:
+        """Take in what ``take_times`` returned here or elsewhere."""
         for name, error in errors.items():
-            found = next(row for row in self._result.rows if row.name == name)
-            found.fail(*explain(error))
-            del self._runs[name]
+            next(row for row in self._result.rows if row.name == name).fail(*error)
             self._times.pop(name, None)
         for name, more in times.items():
             self._times.setdefault(name, Times()).extend(more)
 
     def finish(self) -> CaseResult:
-        """What was found; the tensors are let go."""
+        """What was found."""
         for found in self._result.rows:
             if found.name in self._times:
                 _store(found, self._times[found.name])
         derive(self._result, self._times)
-        _profile(self._runs, self._result, self._tell)
-        self._runs.clear()
-        _empty()
         return self._result
+
+
+def take_times(
+    runs: dict[str, Run], method: Method, on_round: Callable[[], object] = lambda: None
+) -> tuple[dict[str, Times], dict[str, tuple[str, str]]]:
+    """Take one process's part of the times of ``runs``.
+
+    Returns:
+        The times; the status and reason of those that failed.
+    """
+    times, errors = interleave(
+        runs,
+        Clock(next(iter(runs.values())).work.params[0].device, method.cold),
+        -(-method.repetitions // method.processes),
+        method.warmup,
+        method.seconds / method.processes,
+        on_round,
+    )
+    return times, {name: explain(error) for name, error in errors.items()}
 
 
 def compiles_tensors(chosen: Sequence[Row], case: Case, method: Method) -> bool:
@@ -231,7 +246,8 @@ def _median_ratio(theirs: Times | None, own: Times) -> float | None:
     return median(a / b for a, b in zip(theirs.device, own.device, strict=True))
 
 
-def _empty() -> None:
+def empty_caches() -> None:
+    """Give back the memory of tensors that are gone."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -27,7 +27,7 @@ def add_method(parser: argparse.ArgumentParser) -> None:
         help="timed steps per row, at least",
     )
     add("--seconds", type=positive, default=defaults.seconds, help="time more until they took this")
-    add("--blocks", type=integer(1), default=defaults.blocks, help="of a small case, in turns")
+    add("--processes", type=integer(1), default=defaults.processes, help="that share all this")
     add("--warmup", type=integer(0), default=defaults.warmup, help="steps before them")
     add("--minutes", type=positive, default=math.inf, help="begin no case later than that")
     add("--cold", action="store_true", help="flush the caches before each step")
@@ -88,7 +88,7 @@ def _method(args: argparse.Namespace) -> Method:
     return Method(
         repetitions=args.repetitions,
         seconds=args.seconds,
-        blocks=args.blocks,
+        processes=args.processes,
         warmup=args.warmup,
         cold=args.cold,
         compile_tensors=args.compile_tensors,

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm  # type: ignore[import-untyped]  # it has no annotations
 
 from bench import environment, rows, tables
+from bench.again import Asked, Found, again
 from bench.case import Case, NotRunError
 from bench.environment import ROOT
 from bench.measure import Measurement, Method, compiles_tensors, explain
 from bench.results import CaseResult, Report
 from bench.rows import Row
-
-FEW = 32  # so many tensors are compiled again in seconds
 
 
 @dataclass(frozen=True)
@@ -79,13 +78,15 @@ def run_plans(plans: Sequence[Plan]) -> int:
     jobs = [_Job(work, case) for work in works for case in work.plan.cases]
     # In a file each refresh stays, so let there be few.
     interval = 0.1 if sys.stderr.isatty() else 30.0
+    total = sum(job.left for job in jobs)
     with (
         tempfile.TemporaryDirectory(prefix="bench-caches-") as caches,
-        tqdm(total=len(jobs), unit="case", mininterval=interval) as bar,
+        tqdm(total=total, unit="case", mininterval=interval) as bar,
     ):
-        for job, result in _results(jobs, Path(caches), bar):
-            job.work.add(result)
-            bar.update()
+        for job in jobs:
+            job.measure(Path(caches), bar)
+        while any(job.left for job in jobs):
+            _measure_again([job for job in jobs if job.left], bar)
     statuses = [_conclude(work) for work in works]
     return max(statuses, default=1) if len(works) == len(plans) else 1
 
@@ -94,94 +95,80 @@ class _Job:
     """A case of a plan, and its measurement once that has begun.
 
     Attributes:
-        compiles: whether starting it makes all that others compiled be compiled again.
-        waits: whether its tensors are kept while others are measured.
+        left: in how many processes it is to be measured yet.
     """
 
     def __init__(self, work: _Work, case: Case) -> None:
-        self.work, self.case = work, case
-        self.error: Exception | None = None
+        self.work, self.case, self._rows = work, case, work.plan.rows or rows.ROWS
+        method = work.plan.method
+        if compiles_tensors(self._rows, case, method):
+            method = replace(method, processes=1)
+        self.method, self.left = method, method.processes
         self._measurement: Measurement | None = None
-        plan = work.plan
-        self.compiles = compiles_tensors(plan.rows or rows.ROWS, case, plan.method)
-        self.waits = case.is_small and not (self.compiles and len(case.shapes) > FEW)
-        self._blocks = plan.method.blocks if self.waits else 1
-        self._done = 0
+        self._reason = ""
 
-    def start(self, caches: Path, bar: tqdm) -> None:
-        """Check the rows."""
-        plan = self.work.plan
+    def seconds_left(self, bar: tqdm) -> float:
+        """Until the case may begin."""
+        return 60 * self.work.plan.minutes - float(bar.format_dict["elapsed"])
 
-        def check() -> None:
-            bar.set_description_str(self.case.name)
-            if bar.format_dict["elapsed"] >= 60 * plan.minutes:
-                raise NotRunError(f"the time is up (--minutes {plan.minutes:g})")
-            self._measurement = Measurement(
-                self.case,
-                plan.rows or rows.ROWS,
-                plan.method,
-                caches,
-                lambda what: _show(bar, what),
-            )
-
-        self._try(check)
-
-    def time_block(self, until: float) -> bool:
-        """Time a block unless ``until``, a part of all of them, is done or one has failed."""
-        measurement = self._measurement
-        if self.error or measurement is None or self._done >= round(until * self._blocks):
-            return False
-        self._done += 1
-        self._try(lambda: measurement.time(self._blocks))
-        return True
-
-    def finish(self) -> CaseResult:
-        """What was found; the tensors are let go."""
-        measurement, self._measurement = self._measurement, None
-        if measurement is not None and self.error is None:
-            try:
-                return measurement.finish()
-            except Exception as error:
-                self.error = error
-        reason = ": ".join(explain(self.error)) if self.error else ""
-        if isinstance(self.error, NotRunError):
-            reason = str(self.error)
-        return CaseResult(self.case.to_json(), self.case.title, reason=reason)
-
-    def _try(self, action: Callable[[], object]) -> None:
+    def measure(self, caches: Path, bar: tqdm) -> None:
+        """Check the rows and time them, in this process."""
+        bar.set_description_str(self.case.name)
         try:
-            action()
+            if self.seconds_left(bar) <= 0:
+                raise NotRunError(f"the time is up (--minutes {self.work.plan.minutes:g})")
+            found = Measurement(
+                self.case, self._rows, self.method, caches, lambda what: _show(bar, what)
+            )
+            found.time()
+            self._measurement = found
         except Exception as error:
-            self.error = error
+            self._reason = str(error) if isinstance(error, NotRunError) else _line(error)
+        bar.update()
+        self.left -= 1
+        if self._measurement is None or not self._measurement.rows:
+            bar.update(self.left)  # nothing to measure again
+            self.left = 0
+        self._finish_if_done()
+
+    def asked(self, bar: tqdm) -> Asked:
+        """What a further process is asked for."""
+        assert self._measurement is not None
+        return Asked(self.case, self._measurement.rows, self.method, self.seconds_left(bar))
+
+    def add(self, found: Found, bar: tqdm) -> None:
+        """Take in what a further process found."""
+        assert self._measurement is not None
+        self._measurement.add(found.times, found.errors)
+        if found.reason:
+            tqdm.write(f"{self.case.title}: fewer times are taken: {found.reason}", file=sys.stderr)
+        bar.update()
+        self.left -= 1
+        self._finish_if_done()
+
+    def _finish_if_done(self) -> None:
+        if self.left:
+            return
+        result = CaseResult(self.case.to_json(), self.case.title, reason=self._reason)
+        self.work.add(self._measurement.finish() if self._measurement else result)
+        self._measurement = None
 
 
-def _results(jobs: Sequence[_Job], caches: Path, bar: tqdm) -> Iterator[tuple[_Job, CaseResult]]:
-    """Measure the cases, those that wait in turns between others.
+def _line(error: Exception) -> str:
+    return ": ".join(explain(error))
 
-    What compiles comes first: it would make those that wait compile again before each block.
-    """
-    waiting = [job for job in jobs if job.waits]
-    first = [job for job in jobs if not job.waits and job.compiles]
-    others = [job for job in jobs if not job.waits and not job.compiles]
 
-    def alone(job: _Job) -> tuple[_Job, CaseResult]:
-        job.start(caches, bar)
-        job.time_block(until=1.0)
-        return job, job.finish()
-
-    def in_turns(until: float) -> None:
-        while sum(job.time_block(until) for job in waiting):  # a block of each at a time
-            pass
-
-    yield from map(alone, first)
-    for job in waiting:
-        job.start(caches, bar)
-    for number, job in enumerate(others, start=1):
-        in_turns(number / (len(others) + 1))
-        yield alone(job)
-    in_turns(until=1.0)
-    for job in waiting:
-        yield job, job.finish()
+def _measure_again(jobs: Sequence[_Job], bar: tqdm) -> None:
+    """Measure in one further process; what it fails to is left as it is."""
+    waiting = list(jobs)
+    try:
+        for found in again([job.asked(bar) for job in jobs]):
+            job = waiting.pop(0)
+            bar.set_description_str(job.case.name)
+            job.add(found, bar)
+    except RuntimeError as error:
+        for job in waiting:
+            job.add(Found({}, {}, str(error)), bar)
 
 
 def _show(bar: tqdm, what: str) -> None:

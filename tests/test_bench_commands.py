@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 from bench_cases import Unclipped, row
 
-from bench import __main__, progress, rows
-from bench.case import Case
+from bench import __main__, again, progress, rows
+from bench.again import Asked, Found
 from bench.measure import Measurement
 from bench.results import CaseResult, read
 from bench.rows import BASELINE, OURS, Row
+from bench.timing import Times
 
 
 def test_step_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,46 +64,50 @@ def test_scaling_command(tmp_path: Path) -> None:
 def test_commands_measured_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Blocks of small cases of all commands take turns, before, between and after large ones."""
-    order: list[int] = []
-    time = Measurement.time
+    """The cases of all commands in one process, then in the next, each with its part."""
+    asked: list[list[Asked]] = []
+    taken: dict[str, list[int]] = {}
+    add = Measurement.add
 
-    def recorded(self: Measurement, blocks: int = 1) -> None:
-        order.append(self._result.case["tensors"])
-        time(self, blocks)
+    def recorded(self: Measurement, times: dict[str, Times], errors: Any) -> None:
+        taken.setdefault(self._result.title, []).append(len(times[OURS].device))
+        add(self, times, errors)
 
-    monkeypatch.setattr(Measurement, "time", recorded)
-    monkeypatch.setattr(Case, "is_small", property(lambda case: len(case.shapes) < 3))
-    options = ["--rows", "fused,multi_tensor,limit", "--repetitions", "4", "--blocks", "4"]
+    def noted(these: list[Asked]) -> Iterator[Found]:
+        asked.append(these)
+        return again.again(these)
+
+    monkeypatch.setattr(Measurement, "add", recorded)
+    monkeypatch.setattr(progress, "again", noted)
+    options = ["--rows", "fused,multi_tensor,limit", "--repetitions", "4", "--seconds", "1e-9"]
     options += ["--no-first-steps", "--out", str(tmp_path)]
-    first = ["scaling", "--tensors", "2", "3", "--sizes", *options]
-    second = ["step", "--shapes", "1x1000", "--seconds", "1e-9", *options]
+    first = ["scaling", "--tensors", "2", "3", "--sizes", *options, "--processes", "2"]
+    second = ["step", "--shapes", "1x1000", *options, "--processes", "3"]
     assert __main__.main([*first, "+", *second]) == 0
-    assert order == [2, 1, 2, 1, 3, 2, 1, 2, 1]
+    assert [[len(each.case.shapes) for each in these] for these in asked] == [[2, 3, 1], [1]]
+    assert list(taken.values()) == [[2, 2], [2, 2], [2, 2, 2]]
     assert [c.case["tensors"] for c in read(tmp_path / "scaling.json").cases] == [2, 3]
     (case,) = read(tmp_path / "step.json").cases
     assert case.row(OURS)
     assert capsys.readouterr().out.count("Results: ") == 2
 
 
-def test_what_compiles_is_measured_before_what_waits(
+def test_what_is_compiled_by_tensors_is_measured_in_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else those that wait would be compiled again before each block."""
-    started: list[int] = []
-    check = Measurement.__init__
+    asked: list[int] = []
 
-    def recorded(self: Measurement, case: Case, *args: Any) -> None:
-        started.append(len(case.shapes))
-        check(self, case, *args)
+    def noted(these: list[Asked]) -> Iterator[Found]:
+        asked.extend(len(each.case.shapes) for each in these)
+        return again.again(these)
 
-    monkeypatch.setattr(Measurement, "__init__", recorded)
-    monkeypatch.setattr(progress, "FEW", 2)  # 3 tensors are many to compile, 4 too many
-    options = ["--tensors", "2", "3", "4", "--sizes", "--rows", "fused,one graph", "--no-plots"]
-    options += ["--compile-tensors", "3", "--repetitions", "2", "--warmup", "0"]
+    monkeypatch.setattr(progress, "again", noted)
+    options = ["--tensors", "1", "2", "--sizes", "--rows", "fused,one graph", "--no-plots"]
+    options += ["--compile-tensors", "1", "--repetitions", "2", "--warmup", "0", "--processes", "2"]
     options += ["--seconds", "1e-9", "--no-first-steps", "--out", str(tmp_path)]
     assert __main__.main(["scaling", *options]) == 0
-    assert started == [3, 2, 4]
+    assert asked == [2]
+    assert all(case.row(BASELINE) for case in read(tmp_path / "scaling.json").cases)
 
 
 def test_train_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

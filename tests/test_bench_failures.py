@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from bench_cases import QUICK, Unclipped, case, row, run
 
-from bench import limit, measure, rows
+from bench import __main__, again, limit, measure, rows
 from bench.case import NotRunError
+from bench.results import read
 from bench.rows import BASELINE, LIMIT, OURS, Row
 from bench.runs import ClipAndStep, Run
 from bench.workload import Workload
@@ -123,3 +125,34 @@ def test_too_large_and_not_there() -> None:
         measure.Measurement(case(shapes=((10**13,),)), rows.ROWS, QUICK, Path("/unused"))
     with pytest.raises(NotRunError, match="no device 'cuda:77'"):
         measure.Measurement(case(device="cuda:77"), rows.ROWS, QUICK, Path("/unused"))
+
+
+def test_a_later_process_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Times of the first stand, and it is said that there are fewer."""
+    monkeypatch.setattr(again.sys, "executable", "/bin/false")
+    options = ["--shapes", "1x1000", "--rows", "fused,limit", "--repetitions", "4", "--no-plots"]
+    options += ["--no-first-steps", "--processes", "2", "--out", str(tmp_path)]
+    assert __main__.main(["step", *options]) == 0
+    told = capsys.readouterr().err
+    assert "fewer times are taken: a process ended early, with exit status 1" in told
+    (case,) = read(tmp_path / "step.json").cases
+    assert case.row(BASELINE)
+
+
+def test_cases_and_rows_that_fail_in_a_later_process() -> None:
+    method = replace(QUICK, processes=2)
+    rows_asked = (BASELINE, "clip + foreach")
+    asked = [
+        again.Asked(case(device="cuda:77"), rows_asked, method, 600.0),
+        again.Asked(case("RMSprop"), rows_asked, method, 600.0),
+        again.Asked(case(), rows_asked, method, 600.0),
+        again.Asked(case(), rows_asked, method, 0.0),
+    ]
+    gone, without, fine, late = again.again(asked)
+    assert gone.reason.startswith("not run: no device 'cuda:77'")
+    assert without.reason == "not run: torch.optim.RMSprop has no fused=True"
+    assert set(fine.times) == set(rows_asked)
+    assert not fine.errors
+    assert late.reason == "the time is up"

@@ -1,0 +1,105 @@
+"""Rows timed once more, in a fresh process.
+
+Where tensors and Python's objects lie in memory decides on a tenth of a short step's time and more,
+and it stays so as long as a process lasts. ``python -m bench.again`` is such a process: it reads
+cases and names of rows from its input, and prints a line of JSON for each case.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from bench.case import Case
+from bench.environment import ROOT
+from bench.measure import Method, empty_caches, explain, take_times
+from bench.rows import ROWS
+from bench.timing import Times
+from bench.workload import Workload
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A case and rows of it that were checked before.
+
+    Attributes:
+        seconds_left: until the case may begin, from the start of the process.
+    """
+
+    case: Case
+    rows: Sequence[str]
+    method: Method
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """The times of a case's rows; the status and reason of those that failed, or of all of them."""
+
+    times: dict[str, Times]
+    errors: dict[str, tuple[str, str]]
+    reason: str = ""
+
+
+def again(asked: Sequence[Asked]) -> Iterator[Found]:
+    """Time all that is asked for in one fresh process; yield what it finds, one after the other.
+
+    Raises:
+        RuntimeError: the process ended before it had found all.
+    """
+    command = [sys.executable, "-m", "bench.again"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        threads = torch.get_num_threads()
+        with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
+            json.dump({"threads": threads, "asked": [asdict(each) for each in asked]}, stdin)
+        found = 0
+        for line in process.stdout:
+            found += 1
+            yield _found(**json.loads(line))
+    if process.returncode or found < len(asked):
+        raise RuntimeError(f"a process ended early, with exit status {process.returncode}")
+
+
+def _found(times: dict[str, Any], errors: dict[str, Any], reason: str) -> Found:
+    return Found({name: Times(**each) for name, each in times.items()}, errors, reason)
+
+
+def _time(case: Case, rows: Sequence[str], method: Method) -> Found:
+    try:
+        work = Workload(case)
+        runs = {row.name: row.start(work) for row in ROWS if row.name in rows}
+        times, errors = take_times(runs, method)
+    except Exception as error:
+        return Found({}, {}, ": ".join(explain(error)))
+    return Found(times, errors)
+
+
+def main() -> None:
+    """Time what the input asks for."""
+    begin = time.perf_counter()
+    asked: dict[str, Any] = json.loads(sys.stdin.read())
+    torch.set_num_threads(asked["threads"])
+    for each in asked["asked"]:
+        shapes = tuple(tuple(shape) for shape in each["case"].pop("shapes"))
+        case, method = Case(**each["case"], shapes=shapes), Method(**each["method"])
+        found = Found({}, {}, "the time is up")
+        if time.perf_counter() - begin < each["seconds_left"]:
+            with contextlib.redirect_stdout(sys.stderr):  # standard output is for what is found
+                found = _time(case, each["rows"], method)
+        print(json.dumps(asdict(found)), flush=True)
+        empty_caches()
+
+
+if __name__ == "__main__":
+    main()
