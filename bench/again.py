@@ -1,8 +1,8 @@
 """Rows timed once more, in a fresh process.
 
-Where tensors and Python's objects lie in memory decides on a tenth of a short step's time and more,
-and it stays so as long as a process lasts. ``python -m bench.again`` is such a process: it reads
-cases and names of rows from its input, and prints a line of JSON for each case.
+Processes differ by a tenth of a short step's time and more, each as long as it lasts. ``python -m
+bench.again`` is such a process: it reads cases and names of rows from its input, and prints a line
+of JSON for each case.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ def again(asked: Sequence[Asked]) -> Iterator[Found]:
             json.dump({"threads": threads, "asked": [asdict(each) for each in asked]}, stdin)
         found = 0
         for line in process.stdout:
+            if not line.endswith("\n"):  # it ended while it wrote
+                break
             found += 1
             yield _found(**json.loads(line))
     if process.returncode or found < len(asked):

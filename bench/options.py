@@ -27,7 +27,9 @@ def add_method(parser: argparse.ArgumentParser) -> None:
         help="timed steps per row, at least",
     )
     add("--seconds", type=positive, default=defaults.seconds, help="time more until they took this")
-    add("--processes", type=integer(1), default=defaults.processes, help="that share all this")
+    add(
+        "--processes", type=integer(1), default=defaults.processes, help="that share these in turns"
+    )
     add("--warmup", type=integer(0), default=defaults.warmup, help="steps before them")
     add("--minutes", type=positive, default=math.inf, help="begin no case later than that")
     add("--cold", action="store_true", help="flush the caches before each step")

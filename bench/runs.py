@@ -87,7 +87,7 @@ class ByHand(Run):
         """Clip and step."""
         norm = get_total_norm([p.grad for p in self.params if p.grad is not None])
         scale = ((norm.float() + 1e-6) / MAX_NORM).clamp(min=1.0)
-        self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = scale  # type: ignore[attr-defined]  # as GradScaler sets it
         self.optimizer.step()
 
 

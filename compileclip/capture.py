@@ -112,7 +112,7 @@ def replay(
 
 class _Recorder(TorchDispatchMode):
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no annotations
         self.recording = Recording()
         self._shape = tensors["param"].shape
         self._numbers: dict[int, int] = {}
@@ -181,7 +181,7 @@ class _Replay(TorchDispatchMode):
         return False  # Dynamo never sees it; the wrapper that keeps Dynamo out doubles the time
 
     def __init__(self, recording: Recording) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no annotations
         self.scalars: list[float] = []
         self._expected = list(zip(recording.calls, recording.tensors, strict=True))
         self._next = 0

@@ -190,7 +190,7 @@ def _unhooked_step(optimizer: Optimizer) -> Callable[[], object]:
     """The optimizer's step without its hooks, which the wrapper has run already."""
     step = type(optimizer).step
     if getattr(step, "hooked", False):
-        step = step.__wrapped__  # type: ignore[attr-defined]
+        step = step.__wrapped__  # type: ignore[attr-defined]  # functools.wraps sets it
     return lambda: step(optimizer)
 
 

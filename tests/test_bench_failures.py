@@ -127,11 +127,18 @@ def test_too_large_and_not_there() -> None:
         measure.Measurement(case(device="cuda:77"), rows.ROWS, QUICK, Path("/unused"))
 
 
+@pytest.mark.parametrize("last_words", ["", '{"times": {"clip'])
 def test_a_later_process_that_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    last_words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Times of the first stand, and it is said that there are fewer."""
-    monkeypatch.setattr(again.sys, "executable", "/bin/false")
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\nprintf '%s' '{last_words}'\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(again.sys, "executable", str(program))
     options = ["--shapes", "1x1000", "--rows", "fused,limit", "--repetitions", "4", "--no-plots"]
     options += ["--no-first-steps", "--processes", "2", "--out", str(tmp_path)]
     assert __main__.main(["step", *options]) == 0
