@@ -21,6 +21,7 @@ import torch
 from bench.case import Case
 from bench.environment import ROOT
 from bench.measure import Method, empty_caches, explain, take_times
+from bench.memory import keep_freed_memory
 from bench.rows import ROWS
 from bench.timing import Times
 from bench.workload import Workload
@@ -92,6 +93,7 @@ def main() -> None:
     begin = time.perf_counter()
     asked: dict[str, Any] = json.loads(sys.stdin.read())
     torch.set_num_threads(asked["threads"])
+    keep_freed_memory()
     for each in asked["asked"]:
         shapes = tuple(tuple(shape) for shape in each["case"].pop("shapes"))
         case, method = Case(**each["case"], shapes=shapes), Method(**each["method"])

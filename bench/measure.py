@@ -9,17 +9,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import torch
 
 from bench.case import Case, NotRunError
+from bench.conclude import Part, conclude
 from bench.first_step import first_steps, use_caches
 from bench.profile import profile_step
 from bench.results import CaseResult, RowResult
-from bench.rows import BASELINE, LIMIT, Row, check_compilation
+from bench.rows import LIMIT, Row, check_compilation
 from bench.runs import Run
-from bench.timing import Clock, Times, interleave, summarize
+from bench.timing import Clock, Times, interleave
 from bench.workload import CLOSE, Workload, check_fits
 
 
@@ -32,7 +32,8 @@ class Method:
         seconds: more steps are timed until all rows together took so long.
         processes: among how many processes these are divided, all cases in one, then in the next;
             rows that are compiled tensor by tensor would be compiled in each, so their cases are
-            measured in the first alone.
+            measured in the first alone. For a part in which the cores lay apart another process
+            takes one more, up to as many again but one.
         warmup: steps before them, in each process; in the first besides the two of the check.
         cold: whether caches are flushed before each step; else new gradients were just written.
         compile_tensors: rows compiled tensor by tensor run up to so many.
@@ -51,7 +52,13 @@ class Method:
 
 
 class Measurement:
-    """The rows of a case, checked and ready to be timed."""
+    """The rows of a case, checked and ready to be timed.
+
+    Attributes:
+        apart: whether the cores lay apart in most rounds of the last part of the times.
+    """
+
+    apart = False
 
     def __init__(
         self,
@@ -91,7 +98,7 @@ class Measurement:
         work = Workload(case)
         self._result.bytes_per_parameter = work.needed_bytes / case.elements
         self._runs: dict[str, Run] = {}
-        self._times: dict[str, Times] = {}
+        self._parts: list[Part] = []
         if compiles_tensors(chosen, case, method):
             # Another case is no recompilation, of which there may be a few only.
             torch.compiler.reset()
@@ -119,18 +126,16 @@ class Measurement:
 
     def add(self, times: dict[str, Times], errors: dict[str, tuple[str, str]]) -> None:
         """Take in what ``take_times`` returned here or elsewhere."""
+        self.apart = any(len(more.apart) > len(more.near) for more in times.values())
         for name, error in errors.items():
             next(row for row in self._result.rows if row.name == name).fail(*error)
-            self._times.pop(name, None)
-        for name, more in times.items():
-            self._times.setdefault(name, Times()).extend(more)
+        self._parts += [times] if times else []
 
     def finish(self) -> CaseResult:
         """What was found."""
-        for found in self._result.rows:
-            if found.name in self._times:
-                _store(found, self._times[found.name])
-        derive(self._result, self._times)
+        failed = {row.name for row in self._result.rows} - set(self.rows)
+        parts = [{n: t for n, t in part.items() if n not in failed} for part in self._parts]
+        conclude(self._result, [part for part in parts if part])
         return self._result
 
 
@@ -205,13 +210,6 @@ def explain(error: Exception) -> tuple[str, str]:
     return "failed", f"{type(error).__name__}: {reason}"
 
 
-def _store(found: RowResult, times: Times) -> None:
-    device = summarize(times.device)
-    found.median_ms = 1e3 * device.median
-    found.lower_ms, found.upper_ms = 1e3 * device.lower, 1e3 * device.upper
-    found.host_us = 1e6 * summarize(times.host).median
-
-
 def _profile(
     runs: dict[str, Run], result: CaseResult, on_progress: Callable[[str], object]
 ) -> None:
@@ -225,25 +223,6 @@ def _profile(
         except Exception:  # the times stand all the same
             continue
         found.kernels, found.extra_bytes = profile.kernels, profile.extra_bytes
-
-
-def derive(result: CaseResult, times: dict[str, Times]) -> None:
-    """Fill in what compares rows: medians over the rounds, in which the rows met alike."""
-    needed = result.bytes_per_parameter * result.case["elements"]
-    for row in result.rows:
-        if row.median_ms is None:
-            continue
-        row.gbps = needed / (row.median_ms * 1e6)
-        row.ratio = _median_ratio(times.get(BASELINE), times[row.name])
-        row.share_of_limit = _median_ratio(times.get(LIMIT), times[row.name])
-        if row.share_of_limit is not None:
-            row.bytes_per_parameter = result.bytes_per_parameter / row.share_of_limit
-
-
-def _median_ratio(theirs: Times | None, own: Times) -> float | None:
-    if theirs is None:
-        return None
-    return median(a / b for a, b in zip(theirs.device, own.device, strict=True))
 
 
 def empty_caches() -> None:

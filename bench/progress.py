@@ -15,6 +15,7 @@ from bench.again import Asked, Found, again
 from bench.case import Case, NotRunError
 from bench.environment import ROOT
 from bench.measure import Measurement, Method, compiles_tensors, explain
+from bench.memory import keep_freed_memory
 from bench.results import CaseResult, Report
 from bench.rows import Row
 
@@ -75,6 +76,7 @@ def run_plans(plans: Sequence[Plan]) -> int:
         return 1
     for headline in dict.fromkeys(environment.headline(w.report.environment) for w in works):
         print(headline)
+    keep_freed_memory()
     jobs = [_Job(work, case) for work in works for case in work.plan.cases]
     # In a file each refresh stays, so let there be few.
     interval = 0.1 if sys.stderr.isatty() else 30.0
@@ -104,6 +106,7 @@ class _Job:
         if compiles_tensors(self._rows, case, method):
             method = replace(method, processes=1)
         self.method, self.left = method, method.processes
+        self._spare = method.processes - 1  # processes in place of those whose cores lay apart
         self._measurement: Measurement | None = None
         self._reason = ""
 
@@ -124,8 +127,7 @@ class _Job:
             self._measurement = found
         except Exception as error:
             self._reason = str(error) if isinstance(error, NotRunError) else _line(error)
-        bar.update()
-        self.left -= 1
+        self._count(bar)
         if self._measurement is None or not self._measurement.rows:
             bar.update(self.left)  # nothing to measure again
             self.left = 0
@@ -142,9 +144,16 @@ class _Job:
         self._measurement.add(found.times, found.errors)
         if found.reason:
             tqdm.write(f"{self.case.title}: fewer times are taken: {found.reason}", file=sys.stderr)
-        bar.update()
-        self.left -= 1
+        self._count(bar)
         self._finish_if_done()
+
+    def _count(self, bar: tqdm) -> None:
+        if self._measurement is not None and self._measurement.apart and self._spare:
+            self._spare -= 1
+            bar.total += 1
+        else:
+            self.left -= 1
+        bar.update()
 
     def _finish_if_done(self) -> None:
         if self.left:

@@ -127,7 +127,8 @@ RENDER: dict[str, Callable[[Report], str]] = {"step": step, "train": train, "sca
 
 
 def _about(report: Report, what: str) -> str:
-    repetitions = report.method.get("repetitions")
+    least = min((case.rounds for case in report.cases if case.rounds), default=None)
+    repetitions = least or report.method.get("repetitions")
     times = f"; medians of at least {repetitions}, in turns" if repetitions else ""
     processes = report.method.get("processes", 1)
     times += f", in {processes} processes" if processes > 1 else ""

@@ -16,12 +16,13 @@ class RowResult:
         status: "ok", "wrong", "not run" or "failed"; without "ok" there are no times.
         reason: why not "ok".
         difference: the largest of any parameter from float64, after the steps of the check.
-        median_ms: of a step, until the device is done; then the quartiles.
-        host_us: median microseconds of a step until the host may go on.
-        ratio: how many times as fast as the baseline, the median over the rounds.
+        median_ms: of a step, until the device is done (``conclude.center``); then the quartiles.
+        host_us: microseconds of a step until the host may go on, likewise.
+        ratio: how many times as fast as the baseline, over the rounds, likewise.
+        ratio_apart: the same over the rounds in which cores lay apart (``bench.cores``).
         gbps: gigabytes per second: what the step must move, divided by the median.
         bytes_per_parameter: what the limit moves in the time that the row takes.
-        share_of_limit: the limit's time divided by the row's, the median over the rounds.
+        share_of_limit: the limit's time divided by the row's, over the rounds, likewise.
         kernels: launches in a step on a GPU.
         extra_bytes: the most memory that a step holds besides its tensors.
         first_cold_s: the first step in a fresh process, with empty caches on disk.
@@ -38,6 +39,7 @@ class RowResult:
     upper_ms: float | None = None
     host_us: float | None = None
     ratio: float | None = None
+    ratio_apart: float | None = None
     gbps: float | None = None
     bytes_per_parameter: float | None = None
     share_of_limit: float | None = None
@@ -62,12 +64,16 @@ class CaseResult:
         title: the case in a line.
         bytes_per_parameter: what a step must move.
         reason: why the case was not measured at all, or "".
+        rounds: how many count: those in which the cores lay near each other, if there are enough.
+        core_latency_ns: the median over these (``bench.cores``); 0 where it is not known.
     """
 
     case: dict[str, Any]
     title: str
     bytes_per_parameter: float = 0.0
     reason: str = ""
+    rounds: int = 0
+    core_latency_ns: float = 0.0
     rows: list[RowResult] = field(default_factory=list)
 
     def row(self, name: str) -> RowResult | None:

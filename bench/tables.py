@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from tabulate import tabulate
 
+from bench.cores import APART
 from bench.results import CaseResult, RowResult
 from bench.rows import BASELINE, LIMIT
 
@@ -32,6 +33,7 @@ COLUMNS: list[tuple[str, Callable[[RowResult], str]]] = [
     ("ms,\nmedian", lambda r: milliseconds(r.median_ms)),
     ("IQR,\nms", lambda r: milliseconds(spread(r))),
     ("times\nas fast", lambda r: ratio(r.ratio)),
+    ("cores\napart", lambda r: ratio(r.ratio_apart)),
     ("bytes per\nparameter", lambda r: _format("{:.0f}")(r.bytes_per_parameter)),
     ("GB/s", lambda r: _format("{:.1f}")(r.gbps)),
     ("of the\nlimit", lambda r: percent(r.share_of_limit)),
@@ -52,11 +54,14 @@ TRAIN_COLUMNS: list[tuple[str, Callable[[RowResult], str]]] = [
     ("loss\ndifference", lambda r: _format("{:.1e}")(r.difference)),
 ]
 NOTES = f"""\
-ms: until the device is done. Times as fast: as "{BASELINE}", the median over rounds in which each
-row took one step. Bytes per parameter: what the limit moves in the same time, beside what a step
-needs. GB/s: the bytes needed by the time. Host: until the next call may run. First step: rows that
-compile in a fresh process, with empty caches on disk and with filled ones. Extra: the most memory
-that a step allocates. From float64: the largest difference of a parameter, after two steps."""
+ms: until the device is done; the median, and of several processes the geometric mean of theirs.
+Times as fast: as "{BASELINE}", likewise, over rounds in which each row took one step. Cores apart:
+the same over rounds in which two threads took {APART:.0f} ns and more to see each other's stores,
+which count for nothing else where there are others. Bytes per parameter: what the limit moves in
+the same time, beside what a step needs. GB/s: the bytes needed by the time. Host: until the next
+call may run. First step: rows that compile in a fresh process, with empty caches on disk and with
+filled ones. Extra: the most memory that a step allocates. From float64: the largest difference of a
+parameter, after two steps."""
 TRAIN_NOTES = (
     "Times as fast: the whole training step, as torch's clip_grad_norm_ and fused AdamW. Loss "
     "difference:\nthe largest of any step from torch's plain AdamW."
@@ -84,9 +89,7 @@ def case_table(
 ) -> str:
     """The case's rows with times as a table, and a line for each other row."""
     measured = [row for row in case.rows if row.median_ms is not None]
-    parts = [f"\n{case.title}"] if headline else []
-    if case.bytes_per_parameter:
-        parts[-1:] = [f"{part}; {case.bytes_per_parameter:.0f} bytes needed" for part in parts[-1:]]
+    parts = [f"\n{case.title}{_rounds(case)}"] if headline else []
     if case.reason:
         parts.append(f"not run: {case.reason}")
     if measured:
@@ -96,6 +99,13 @@ def case_table(
         parts.append(tabulate(cells, headers, disable_numparse=True, colalign=align))
     parts += [status_line(row) for row in case.rows if row.median_ms is None]
     return "\n".join(parts)
+
+
+def _rounds(case: CaseResult) -> str:
+    if not case.rounds:
+        return ""
+    latency = f", cores {case.core_latency_ns:.0f} ns apart" if case.core_latency_ns else ""
+    return f"; {case.bytes_per_parameter:.0f} bytes needed; {case.rounds} rounds{latency}"
 
 
 def status_line(row: RowResult) -> str:

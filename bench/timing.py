@@ -13,6 +13,7 @@ from statistics import median, quantiles
 import torch
 from torch import Tensor
 
+from bench.cores import APART, core_latency
 from bench.runs import Run
 
 MOST = 20  # times the repetitions that were asked for
@@ -21,15 +22,30 @@ FLUSH_BYTES = {"cpu": 512 * 2**20, "cuda": 256 * 2**20}  # several times a last-
 
 @dataclass
 class Times:
-    """Seconds per step: until the device was done, and until the host could go on."""
+    """Seconds per step: until the device was done, and until the host could go on.
+
+    Attributes:
+        core_latency: ``cores.core_latency`` when the round of the step began, in nanoseconds.
+    """
 
     device: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
+    core_latency: list[float] = field(default_factory=list)
 
-    def extend(self, more: Times) -> None:
-        """Add what was timed later."""
-        self.device += more.device
-        self.host += more.host
+    @property
+    def near(self) -> list[int]:
+        """The rounds in which the cores lay near each other."""
+        return [i for i, latency in enumerate(self.core_latency) if latency < APART]
+
+    @property
+    def apart(self) -> list[int]:
+        """The other rounds."""
+        return [i for i, latency in enumerate(self.core_latency) if latency >= APART]
+
+    def take(self, rounds: Sequence[int]) -> Times:
+        """The times of these rounds."""
+        lists = self.device, self.host, self.core_latency
+        return Times(*([values[i] for i in rounds] for values in lists))
 
 
 @dataclass(frozen=True)
@@ -53,7 +69,7 @@ class Clock:
     """Times single steps: by events on a GPU, by the host's clock elsewhere."""
 
     def __init__(self, device: torch.device, cold: bool) -> None:
-        self._device = device
+        self.device = device
         self._events = device.type == "cuda"
         self._flushed: Tensor | None = None
         if cold:
@@ -64,13 +80,13 @@ class Clock:
         """Seconds of a step on the device and on the host; gradients are there already."""
         if self._flushed is not None:
             self._flushed.add_(1)  # pushes everything else out of the caches
-        synchronize(self._device)
+        synchronize(self.device)
         if self._events and not run.waits:
             return self._by_events(run.step)
         start = time.perf_counter()
         run.step()
         host = time.perf_counter() - start
-        synchronize(self._device)
+        synchronize(self.device)
         return time.perf_counter() - start, host
 
     def _by_events(self, step: Callable[[], None]) -> tuple[float, float]:
@@ -123,6 +139,7 @@ def interleave(
             break
         order = [name for name in runs if name not in errors]
         drawn.shuffle(order)
+        latency = core_latency(clock.device)
         for name in order:
             try:
                 device, host = _one(runs[name], clock)
@@ -132,6 +149,7 @@ def interleave(
             if turn >= warmup:
                 times[name].device.append(device * runs[name].scale)
                 times[name].host.append(host)
+                times[name].core_latency.append(latency)
         on_round()
     return {name: t for name, t in times.items() if name not in errors}, errors
 

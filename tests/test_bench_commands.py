@@ -11,7 +11,7 @@ import pytest
 import torch
 from bench_cases import Unclipped, row
 
-from bench import __main__, again, progress, rows
+from bench import __main__, again, progress, rows, timing
 from bench.again import Asked, Found
 from bench.measure import Measurement
 from bench.results import CaseResult, read
@@ -61,6 +61,16 @@ def test_scaling_command(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.glob("*.png")} >= {"scaling-time.png", "scaling-limit.png"}
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """With one thread no cores lie apart, for which there would be further processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_commands_measured_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,6 +102,7 @@ def test_commands_measured_together(
     assert capsys.readouterr().out.count("Results: ") == 2
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_what_is_compiled_by_tensors_is_measured_in_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +119,26 @@ def test_what_is_compiled_by_tensors_is_measured_in_one_process(
     assert __main__.main(["scaling", *options]) == 0
     assert asked == [2]
     assert all(case.row(BASELINE) for case in read(tmp_path / "scaling.json").cases)
+
+
+@pytest.mark.parametrize(("latency", "more"), [(20.0, 2), (200.0, 4)])
+def test_processes_in_place_of_those_whose_cores_lay_apart(
+    latency: float, more: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is followed by another, up to as many again but one."""
+    processes: list[int] = []
+
+    def faked(asked: list[Asked]) -> Iterator[Found]:
+        processes.append(len(asked))
+        times = Times([1.0] * 3, [1.0] * 3, [latency, 20.0, latency])
+        return iter([Found({BASELINE: times}, {})] * len(asked))
+
+    monkeypatch.setattr(timing, "core_latency", lambda device: latency)
+    monkeypatch.setattr(progress, "again", faked)
+    options = ["--shapes", "1x1000", "--rows", "clip + fused", "--repetitions", "6", "--no-plots"]
+    options += ["--seconds", "1e-9", "--processes", "3", "--no-first-steps", "--out", str(tmp_path)]
+    assert __main__.main(["step", *options]) == 0
+    assert processes == [1] * more
 
 
 def test_train_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
