@@ -20,7 +20,8 @@ def conclude(result: CaseResult, parts: Sequence[Part]) -> None:
     near, apart = (_choose(parts, choice) for choice in (lambda t: t.near, lambda t: t.apart))
     counted = near if _rounds(near) >= ENOUGH else parts
     latencies = [x for part in counted for x in next(iter(part.values())).core_latency]
-    result.rounds, result.core_latency_ns = len(latencies), median(latencies or [0.0])
+    result.rounds, result.processes = len(latencies), len(counted)
+    result.core_latency_ns = median(latencies or [0.0])
     needed = result.bytes_per_parameter * result.case["elements"]
     for row in result.rows:
         own = [part[row.name] for part in counted if row.name in part]

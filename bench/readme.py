@@ -127,11 +127,11 @@ RENDER: dict[str, Callable[[Report], str]] = {"step": step, "train": train, "sca
 
 
 def _about(report: Report, what: str) -> str:
-    least = min((case.rounds for case in report.cases if case.rounds), default=None)
-    repetitions = least or report.method.get("repetitions")
-    times = f"; medians of at least {repetitions}, in turns" if repetitions else ""
-    processes = report.method.get("processes", 1)
-    times += f", in {processes} processes" if processes > 1 else ""
+    measured = [case for case in report.cases if case.rounds]
+    rounds = min((case.rounds for case in measured), default=report.method.get("repetitions"))
+    processes = min((case.processes for case in measured), default=1)
+    times = f"; medians of at least {rounds}, in turns" if rounds else ""
+    times += f", in at least {processes} processes" if processes > 1 else ""
     return f"{headline(report.environment)}{times}; {what}:"
 
 

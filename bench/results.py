@@ -65,6 +65,7 @@ class CaseResult:
         bytes_per_parameter: what a step must move.
         reason: why the case was not measured at all, or "".
         rounds: how many count: those in which the cores lay near each other, if there are enough.
+        processes: in how many these were.
         core_latency_ns: the median over these (``bench.cores``); 0 where it is not known.
     """
 
@@ -73,6 +74,7 @@ class CaseResult:
     bytes_per_parameter: float = 0.0
     reason: str = ""
     rounds: int = 0
+    processes: int = 0
     core_latency_ns: float = 0.0
     rows: list[RowResult] = field(default_factory=list)
 

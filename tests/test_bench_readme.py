@@ -79,6 +79,15 @@ def test_blocks_are_replaced_and_nothing_else(tmp_path: Path) -> None:
     assert "optax, jax.jit" not in cells
 
 
+def test_rounds_and_processes_are_those_that_count(tmp_path: Path) -> None:
+    first, second = case(), case("1x1000")
+    first.rounds, first.processes = 42, 7
+    second.rounds, second.processes = 840, 6
+    write(tmp_path, "step", first, second)
+    text = readme.render(TEXT, tmp_path)
+    assert "; medians of at least 42, in turns, in at least 6 processes; " in text
+
+
 def test_several_optimizers_are_rows(tmp_path: Path) -> None:
     write(tmp_path, "step", case(), case(optimizer="SGD", ours=20.0))
     text = readme.render(TEXT, tmp_path)
