@@ -10,6 +10,8 @@ are summed up together.
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable
 
 import torch
 
@@ -68,9 +70,16 @@ def core_latency(device: torch.device) -> float:
     """
     if device.type != "cpu" or torch.get_num_threads() < 2:
         return 0.0
+    probe = _probe()
+    return 0.0 if probe is None else probe()
+
+
+# A compiler that fails, or hangs, is not to be asked again each round.
+@functools.cache
+def _probe() -> Callable[[], float] | None:
     try:
-        measure = native.load(SOURCE).core_latency
+        probe = native.load(SOURCE).core_latency
     except native.CompilerError:
-        return 0.0
-    measure.restype = ctypes.c_double
-    return float(measure())
+        return None
+    probe.restype = ctypes.c_double
+    return probe

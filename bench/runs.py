@@ -81,6 +81,7 @@ class ByHand(Run):
         check_option(work, "fused")
         self.optimizer = work.case.recipe.make(self.params, fused=True)
         work.load(self.optimizer, self.params)
+        # As GradScaler sets it: Optimizer declares neither this nor grad_scale.
         self.optimizer.found_inf = torch.zeros((), device=work.case.device)  # type: ignore[attr-defined]
 
     def step(self) -> None:

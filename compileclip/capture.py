@@ -238,7 +238,7 @@ def functional(func: OpOverload) -> OpOverload:
     for candidate in (overload, "default", "Tensor", "Tensor_Scalar"):
         found = getattr(packet, candidate, None)
         if found is not None and not found._schema.is_mutable and _kinds(found) == _kinds(func):
-            return found  # type: ignore[no-any-return]
+            return found  # type: ignore[no-any-return]  # getattr's is Any
     raise NotPointwiseError(f"{func} has no functional form")
 
 

@@ -88,17 +88,24 @@ def test_core_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cpu")
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
+    cores._probe.cache_clear()
+    asked: list[str] = []
     try:
         assert 0.0 < cores.core_latency(device) < 1e9
         assert cores.core_latency(torch.device("meta")) == 0.0
 
         def missing(source: str) -> None:
+            asked.append(source)
             raise cores.native.CompilerError("there is no C++ compiler", "install g++")
 
         monkeypatch.setattr(cores.native, "load", missing)
-        assert cores.core_latency(device) == 0.0
+        cores._probe.cache_clear()
+        assert cores.core_latency(device) == cores.core_latency(device) == 0.0
+        assert len(asked) == 1
         monkeypatch.undo()
+        cores._probe.cache_clear()
         torch.set_num_threads(1)
         assert cores.core_latency(device) == 0.0
     finally:
+        cores._probe.cache_clear()
         torch.set_num_threads(threads)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+# triton has no annotations, and where it is missing nothing is to be ignored.
 import triton  # type: ignore[import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, unused-ignore]
 from triton.language.extra import libdevice  # type: ignore[import-untyped, unused-ignore]
@@ -30,7 +31,7 @@ def square_root(x: tl.tensor) -> tl.tensor:
     """The square root, IEEE-rounded."""
     if x.dtype == tl.float64:
         return tl.sqrt(x)
-    else:  # noqa: RET505
+    else:  # noqa: RET505  # as above
         return tl.sqrt_rn(x)
 
 
