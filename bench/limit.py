@@ -22,20 +22,29 @@ from bench.workload import Workload
 from compileclip.lowering import native
 
 CHUNK = 16384  # elements; each thread takes whole ones
+RUN = 64  # chunks that are updated in the order of memory
 GRAIN = 32768  # as in ATen: for fewer elements a thread is not worth its start
 SOURCE = r"""
 #include <stdint.h>
 
-constexpr int64_t CHUNK = @CHUNK@;
+constexpr int64_t CHUNK = @CHUNK@, RUN = @RUN@;
 typedef @GRADIENT@ Gradient;
 
-// Fetched ahead, as a core does not do so far of itself; an update gains nothing by it.
-static uint32_t read(const Gradient* grad, int64_t n) {
+// Fetched ahead, across the end of a tensor too, as a core does not do so far of itself.
+template <int64_t BLOCK, class Word>
+static void fetch(const Word* data, int64_t at, int64_t left, const Word* next) {
+  const char* const block = (const char*)(at < left ? data + at : next + (at - left));
+  for (int64_t k = 0; k < BLOCK * int64_t(sizeof(Word)); k += 64) __builtin_prefetch(block + k);
+}
+
+static uint32_t read(const Gradient* grad, int64_t n, int64_t left, int64_t size,
+                     const Gradient* next) {
   constexpr int64_t BLOCK = 512 / sizeof(Gradient), AHEAD = 4096 / sizeof(Gradient);
+  const int64_t ahead = size < AHEAD ? size : AHEAD;
   uint32_t sum = 0;
   int64_t i = 0;
   for (; i + BLOCK <= n; i += BLOCK) {
-    for (int64_t k = 0; k < BLOCK; k += BLOCK / 8) __builtin_prefetch(grad + i + AHEAD + k);
+    fetch<BLOCK>(grad, i + ahead, left, next);
 #pragma omp simd reduction(^ : sum)
     for (int64_t k = 0; k < BLOCK; ++k) sum ^= grad[i + k];
   }
@@ -43,19 +52,24 @@ static uint32_t read(const Gradient* grad, int64_t n) {
   return sum;
 }
 
-static uint32_t update(const Gradient* __restrict grad, int64_t n, uint32_t zero, @PARAMETERS@) {
-  uint32_t sum = 0;
-#pragma omp simd reduction(^ : sum)
-  for (int64_t i = 0; i < n; ++i) {
-    sum ^= grad[i];
-    @UPDATES@
+static void update(const Gradient* __restrict grad, int64_t n, int64_t left, int64_t size,
+                   uint32_t zero, const Gradient* next, @PARAMETERS@) {
+  constexpr int64_t BLOCK = 64, AHEAD = 512;
+  const int64_t ahead = size < AHEAD ? size : AHEAD;
+  for (int64_t from = 0; from < n; from += BLOCK) {
+    const int64_t to = from + BLOCK < n ? from + BLOCK : n, at = from + ahead;
+    fetch<BLOCK>(grad, at, left, next);
+    @FETCHES@
+#pragma omp simd
+    for (int64_t i = from; i < to; ++i) {
+      @UPDATES@
+    }
   }
-  return sum;
 }
 
 // The gradient of tensor t is at grads[t], array a of what is updated at updated[a * tensors + t].
-// Thread k of n takes its share of all chunks twice, the second time backwards: the last that were
-// read are still in its cache.
+// Thread k of n takes its share of all chunks twice, the second time in runs, of which the last
+// comes first: what was read last is still in its cache.
 extern "C" uint32_t move(int64_t tensors, const int64_t* sizes, const int64_t* first_chunk,
                          void* const* grads, void* const* updated, uint32_t zero, int threads) {
   const int64_t total = first_chunk[tensors];
@@ -63,17 +77,26 @@ extern "C" uint32_t move(int64_t tensors, const int64_t* sizes, const int64_t* f
 #pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(^ : sum)
   for (int k = 0; k < threads; ++k) {
     const int64_t from = k * total / threads, to = (k + 1) * total / threads;
-    int64_t t = 0;
-    for (int64_t c = from; c < to; ++c) {
+    const auto walk = [&](int64_t c, int64_t end, auto each) {
+      int64_t t = 0;
       while (first_chunk[t + 1] <= c) ++t;
-      const int64_t at = (c - first_chunk[t]) * CHUNK, left = sizes[t] - at;
-      sum ^= read((const Gradient*)grads[t] + at, left < CHUNK ? left : CHUNK);
-    }
-    for (int64_t c = to - 1; c >= from; --c) {
-      while (first_chunk[t] > c) --t;
-      const int64_t at = (c - first_chunk[t]) * CHUNK, left = sizes[t] - at;
-      sum ^= update((const Gradient*)grads[t] + at, left < CHUNK ? left : CHUNK, zero,
-                    @ARGUMENTS@);
+      for (; c < end; ++t) {
+        const int64_t last = first_chunk[t + 1] < end ? first_chunk[t + 1] : end;
+        const int64_t at = (c - first_chunk[t]) * CHUNK, most = (last - c) * CHUNK;
+        const int64_t left = sizes[t] - at;
+        each(t, t + 1 < tensors ? t + 1 : t, at, left < most ? left : most, left);
+        c = last;
+      }
+    };
+    walk(from, to, [&](int64_t t, int64_t next, int64_t at, int64_t n, int64_t left) {
+      sum ^= read((const Gradient*)grads[t] + at, n, left, sizes[t], (const Gradient*)grads[next]);
+    });
+    for (int64_t start, end = to; end > from; end = start) {
+      start = from > end - RUN ? from : end - RUN;
+      walk(start, end, [&](int64_t t, int64_t next, int64_t at, int64_t n, int64_t left) {
+        update((const Gradient*)grads[t] + at, n, left, sizes[t], zero,
+               (const Gradient*)grads[next], @ARGUMENTS@);
+      });
     }
   }
   return sum;
@@ -88,10 +111,15 @@ def source(gradient: torch.dtype, updated: Sequence[torch.dtype]) -> str:
     named = list(enumerate(words))
     parts = {
         "CHUNK": str(CHUNK),
+        "RUN": str(RUN),
         "GRADIENT": WORDS[gradient.itemsize],
-        "PARAMETERS": ", ".join(f"{word}* __restrict a{a}" for a, word in named),
-        "UPDATES": " ".join(f"a{a}[i] ^= ({word})zero;" for a, word in named),
-        "ARGUMENTS": ", ".join(f"({word}*)updated[{a} * tensors + t] + at" for a, word in named),
+        "PARAMETERS": ", ".join(f"{w}* __restrict a{a}, const {w}* n{a}" for a, w in named),
+        "FETCHES": " ".join(f"fetch<BLOCK, {w}>(a{a}, at, left, n{a});" for a, w in named),
+        "UPDATES": " ".join(f"a{a}[i] ^= ({word})(grad[i] & zero);" for a, word in named),
+        "ARGUMENTS": ", ".join(
+            f"({word}*)updated[{a} * tensors + t] + at, ({word}*)updated[{a} * tensors + next]"
+            for a, word in named
+        ),
     }
     return re.sub("@([A-Z]+)@", lambda found: parts[found.group(1)], SOURCE)
 

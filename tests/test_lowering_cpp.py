@@ -17,6 +17,7 @@ from torch.fx import Proxy
 
 from compileclip.lowering import CHUNK, UnsupportedError, native
 from compileclip.lowering.cpp import Kernel
+from compileclip.lowering.cpp_frame import RUN
 from compileclip.program import Program, dtype_of
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -220,13 +221,24 @@ def test_adamw_has_the_bits_of_eager(dtype: torch.dtype, offset: int, threads: i
             assert not unequal(lists[name][index], want).any()
 
 
-def test_nothing_is_written_beside_a_tensor() -> None:
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        SHAPES,
+        ((RUN + 1) * CHUNK + 5, 2 * RUN * CHUNK, CHUNK + 1),  # runs end within tensors
+        (*[70] * RUN, 0, 2 * CHUNK, *[0] * RUN, *[3] * (RUN + 3), 0),  # and between them
+    ],
+)
+def test_each_element_is_reached_once_and_nothing_beside(
+    shapes: tuple[int, ...], threads: int
+) -> None:
     kernel = Kernel(program(lambda a: {"a": aten.add.Tensor(a, 1.0)}, {"a": F32}))
-    whole = [torch.zeros(n + 2) for n in SHAPES]
-    launch(kernel, {"a": [t[1:-1] for t in whole]}, threads=2)
+    whole = [torch.zeros(n + 2) for n in shapes]
+    launch(kernel, {"a": [t[1:-1] for t in whole]}, threads=threads)
     for tensor in whole:
         assert tensor[0] == tensor[-1] == 0
-        assert (tensor[1:-1] == 1).all()  # each element was reached once
+        assert (tensor[1:-1] == 1).all()
 
 
 def test_results_are_stored_after_all_operands_are_read() -> None:

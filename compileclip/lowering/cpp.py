@@ -2,7 +2,7 @@
 
 What does not depend on the element (the scalars, the norm and what follows from it) is computed
 once per launch. The elements are split into chunks as the norm splits them, so that a thread
-updates what it has read for the norm, the last read first: that is still in its cache.
+updates what it has read for the norm; ``cpp_frame.py`` says in which order.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from compileclip.lowering import CHUNK, UnsupportedError, cpp_ops, native
+from compileclip.lowering import UnsupportedError, cpp_frame, cpp_ops, native
 from compileclip.program import Program, dtype_of
-
-GRAIN = 32768  # fewer elements than this stay on one thread, as in ATen
 
 
 class Kernel:
@@ -66,7 +64,7 @@ class Kernel:
             scalars: the values of ``program.scalars``.
             values: the addresses of ``program.values``.
             threads: how many to use at most. Thread t takes chunks ``t * total // threads`` up to
-                ``(t + 1) * total // threads``, the last one first.
+                ``(t + 1) * total // threads``.
         """
         floats, addresses = array("d", scalars), array("Q", values)
         self._step(
@@ -117,24 +115,23 @@ class _Source:
     def text(self) -> str:
         """All of it."""
         memory = [_types(dtype_of(node))[0] for node in self.program.operands]
-        pointers = ", ".join(f"{kind}* __restrict p{i}" for i, kind in enumerate(memory))
-        chunks = ", ".join(
-            f"reinterpret_cast<{kind}*>(table[{i} * tensors + tensor]) + start"
-            for i, kind in enumerate(memory)
-        )
+        kinds = list(enumerate(memory))
+        addresses = [f"reinterpret_cast<{kind}*>(table[{i} * tensors + %s])" for i, kind in kinds]
+        fetches = [f"fetch(at < left ? p{i} + at : n{i} + (at - left));" for i, _ in kinds]
         parts = {
             "PRELUDE": cpp_ops.PRELUDE,
             "MEMBERS": "\n".join(f"  {kind} {name};" for kind, name, _ in self.once),
             "PREPARE": "\n".join(f"  const {kind} {name} = {e};" for kind, name, e in self.once),
             "MEMBER_NAMES": ", ".join(name for _, name, _ in self.once),
-            "POINTERS": pointers,
-            "CHUNK_POINTERS": chunks,
+            "POINTERS": ", ".join(f"{kind}* __restrict p{i}" for i, kind in kinds),
+            "NEXT": ", ".join(f"const {kind}* n{i}" for i, kind in kinds),
+            "TENSOR": ", ".join(f"{address} + from" % "tensor" for address in addresses),
+            "NEXT_TENSOR": ", ".join(address % "next" for address in addresses),
             "LOCALS": "\n".join(f"  const {kind} {n} = launch.{n};" for kind, n, _ in self.once),
-            "EACH": "\n".join(f"    {line}" for line in self.each),
-            "CHUNK_SIZE": str(CHUNK),
-            "GRAIN": str(GRAIN),
+            "FETCH": "\n".join(f"    {line}" for line in fetches),
+            "EACH": "\n".join(f"      {line}" for line in self.each),
         }
-        return re.sub(r"\$(\w+)", lambda match: parts[match[1]], cpp_ops.FRAME)
+        return re.sub(r"\$(\w+)", lambda match: parts[match[1]], cpp_frame.FRAME)
 
     def _compute(self, node: Node) -> None:
         """Declare the value of an operation."""
