@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from compileclip import reference
 from compileclip.functional import get_total_norm, is_sharded, local, nonfinite_message
+from compileclip.lowering import norm as native_norm
 from compileclip.settings import ClipSettings
 
 # write_grads=False copies this much of the gradients at a time, or one gradient if that is larger.
@@ -61,7 +62,8 @@ class Gradients(Scaler):
     def total_norm(self, norm_type: float) -> Tensor:
         """Their norm with ``grad_scale`` taken out, before clipping."""
         grads = [p.grad for p in self.params if p.grad is not None]
-        return self.unscaled(get_total_norm(grads, norm_type))
+        norm = native_norm.total_norm(grads, norm_type)  # what it serves needs no further look
+        return self.unscaled(get_total_norm(grads, norm_type) if norm is None else norm)
 
 
 def params_with_grad(optimizer: Optimizer) -> list[Tensor]:
