@@ -54,7 +54,7 @@ static uint32_t read(const Gradient* grad, int64_t n, int64_t left, int64_t size
 
 static void update(const Gradient* __restrict grad, int64_t n, int64_t left, int64_t size,
                    uint32_t zero, const Gradient* next, @PARAMETERS@) {
-  constexpr int64_t BLOCK = 64, AHEAD = 512;
+  constexpr int64_t BLOCK = 32, AHEAD = 512;
   const int64_t ahead = size < AHEAD ? size : AHEAD;
   for (int64_t from = 0; from < n; from += BLOCK) {
     const int64_t to = from + BLOCK < n ? from + BLOCK : n, at = from + ahead;
