@@ -119,6 +119,7 @@ class _Source:
         addresses = [f"reinterpret_cast<{kind}*>(table[{i} * tensors + %s])" for i, kind in kinds]
         fetches = [f"fetch(at < left ? p{i} + at : n{i} + (at - left));" for i, _ in kinds]
         parts = {
+            **{name: str(number) for name, number in cpp_frame.NUMBERS.items()},
             "PRELUDE": cpp_ops.PRELUDE,
             "MEMBERS": "\n".join(f"  {kind} {name};" for kind, name, _ in self.once),
             "PREPARE": "\n".join(f"  const {kind} {name} = {e};" for kind, name, e in self.once),

@@ -23,14 +23,15 @@ BLOCK = 32  # elements that are fetched together
 AHEAD = 512  # elements that they are ahead; of 256 and 1024 none was faster
 GRAIN = 32768  # fewer elements than this stay on one thread, as in ATen
 
-FRAME = (
-    r"""
+NUMBERS = {"CHUNK": CHUNK, "RUN": RUN, "BLOCK": BLOCK, "AHEAD": AHEAD, "GRAIN": GRAIN}
+
+FRAME = r"""
 #include <algorithm>
 #include <omp.h>
 
 $PRELUDE
 
-constexpr int64_t CHUNK = @CHUNK@, RUN = @RUN@, BLOCK = @BLOCK@, AHEAD = @AHEAD@, GRAIN = @GRAIN@;
+constexpr int64_t CHUNK = $CHUNK, RUN = $RUN, BLOCK = $BLOCK, AHEAD = $AHEAD, GRAIN = $GRAIN;
 
 struct Launch {
 $MEMBERS
@@ -100,9 +101,4 @@ extern "C" void step(const uint64_t* table, int64_t tensors, const int64_t* size
          (thread + 1) * total / count);
   }
 }
-""".replace("@CHUNK@", str(CHUNK))
-    .replace("@RUN@", str(RUN))
-    .replace("@BLOCK@", str(BLOCK))
-    .replace("@AHEAD@", str(AHEAD))
-    .replace("@GRAIN@", str(GRAIN))
-)
+"""
