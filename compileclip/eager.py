@@ -22,7 +22,6 @@ from torch.optim import Optimizer
 
 from compileclip import reference
 from compileclip.functional import get_total_norm, is_sharded, local, nonfinite_message
-from compileclip.lowering import norm as native_norm
 from compileclip.settings import ClipSettings
 
 # write_grads=False copies this much of the gradients at a time, or one gradient if that is larger.
@@ -62,8 +61,7 @@ class Gradients(Scaler):
     def total_norm(self, norm_type: float) -> Tensor:
         """Their norm with ``grad_scale`` taken out, before clipping."""
         grads = [p.grad for p in self.params if p.grad is not None]
-        norm = native_norm.total_norm(grads, norm_type)  # what it serves needs no further look
-        return self.unscaled(get_total_norm(grads, norm_type) if norm is None else norm)
+        return self.unscaled(get_total_norm(grads, norm_type))
 
 
 def params_with_grad(optimizer: Optimizer) -> list[Tensor]:
@@ -97,6 +95,8 @@ def update(optimizer: Optimizer, settings: ClipSettings, grads: Gradients, norm:
     if not may_step(optimizer, settings, grads, norm):
         return
     coef = None if settings.max_norm is None else reference.clip_coef(settings.max_norm, norm)
+    if coef is not None and not _is_asynchronous(norm.device) and reference.is_one(coef):
+        coef = None  # nothing to scale, nor to write back
     amp = None if grads.grad_scale is None else grads.grad_scale.to(norm.device)
     fused = takes_grad_scale(optimizer)
     divide = fused and settings.write_grads is not False and _takes_this_scale(grads, norm)

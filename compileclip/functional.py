@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.utils._foreach_utils import _device_has_foreach_support
 
 from compileclip import ops, reference
+from compileclip.lowering import norm as native_norm
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-@torch.no_grad()
 def get_total_norm(
     tensors: Tensor | Iterable[Tensor],
     norm_type: float = 2.0,
@@ -60,12 +60,12 @@ def get_total_norm(
     norm_type = _check_norm_type(norm_type)
     if not tensors:
         return torch.tensor(0.0)
-    _check_foreach(tensors, foreach)
-    _check_layouts(tensors, norm_type)
-    if any(is_sharded(t) for t in tensors):
-        total = _sharded_total_norm(tensors, norm_type)
-    else:
-        total = ops.total_norm(tensors, norm_type)
+    # What the native kernel serves is plain, dense and on a CPU: it needs no further look.
+    total = None if torch.compiler.is_compiling() else native_norm.total_norm(tensors, norm_type)
+    if total is None:
+        _check_foreach(tensors, foreach)
+        _check_layouts(tensors, norm_type)
+        total = _total_norm(tensors, norm_type)
     if error_if_nonfinite and not total.isfinite():
         raise RuntimeError(nonfinite_message(norm_type, total))
     return total
@@ -81,7 +81,8 @@ def clip_grads_with_norm_(
     """Scale gradients in place by ``min(1, max_norm / (total_norm + 1e-6))``.
 
     The formula is that of ``torch.nn.utils.clip_grads_with_norm_``. The scale of float16 and
-    bfloat16 gradients is applied in float32, where torch may round it to their dtype first.
+    bfloat16 gradients is applied in float32, where torch may round it to their dtype first. On a
+    CPU nothing is written where the factor is 1.
 
     Args:
         parameters: one tensor or an iterable of tensors; those without a gradient are left out.
@@ -93,15 +94,7 @@ def clip_grads_with_norm_(
     Raises:
         RuntimeError: ``foreach=True`` on a device without foreach kernels.
     """
-    grads = _grads(parameters)
-    max_norm = float(max_norm)
-    if not grads:
-        return
-    _check_foreach(grads, foreach)
-    if is_sharded(total_norm):
-        total_norm = total_norm.full_tensor()
-    coef = reference.clip_coef(max_norm, total_norm)
-    reference.scale_([local(g) for g in grads], coef, foreach=_foreach(grads, foreach))
+    _clip(_grads(parameters), float(max_norm), total_norm, foreach)
 
 
 @torch.no_grad()
@@ -140,8 +133,9 @@ def clip_grad_norm_(
                 "`parameters` is an empty generator, no gradient clipping will occur.",
                 stacklevel=3,
             )
-    total_norm = get_total_norm(_grads(parameters), norm_type, error_if_nonfinite, foreach)
-    clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
+    grads = _grads(parameters)
+    total_norm = get_total_norm(grads, norm_type, error_if_nonfinite, foreach)
+    _clip(grads, float(max_norm), total_norm, foreach)
     return total_norm
 
 
@@ -201,6 +195,26 @@ def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     # Importing DTensor takes longer than importing torch; who holds one has imported it.
     module: Any = sys.modules.get("torch.distributed.tensor")
     return module is not None and bool(isinstance(tensor, module.DTensor))
+
+
+@torch.no_grad()
+def _total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+    if any(map(is_sharded, tensors)):
+        return _sharded_total_norm(tensors, norm_type)
+    return ops.total_norm(tensors, norm_type)
+
+
+def _clip(
+    grads: Sequence[Tensor], max_norm: float, total_norm: Tensor, foreach: bool | None
+) -> None:
+    if not grads:
+        return
+    _check_foreach(grads, foreach)
+    if is_sharded(total_norm):
+        total_norm = total_norm.full_tensor()
+    coef = reference.clip_coef(max_norm, total_norm)
+    if not reference.is_one(coef):
+        reference.scale_([local(g) for g in grads], coef, foreach=_foreach(grads, foreach))
 
 
 def _sharded_total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:

@@ -88,6 +88,16 @@ def clip_coef(max_norm: float, total_norm: Tensor) -> Tensor:
     return torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
 
 
+def is_one(scale: Tensor) -> bool:
+    """Whether to multiply by ``scale`` changes nothing, where to ask does not wait for a device."""
+    if torch.compiler.is_compiling() or type(scale) is not Tensor or not scale.is_cpu:
+        return False
+    try:
+        return native_norm.runs_for_real() and scale.item() == 1.0
+    except RuntimeError:  # one of functorch's, which stands for many
+        return False
+
+
 @torch.no_grad()
 def scale_(tensors: Sequence[Tensor], scale: Tensor, foreach: bool = True) -> None:
     """Multiply ``tensors`` in place by ``scale``, a 0-dim real tensor.

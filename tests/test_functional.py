@@ -196,3 +196,37 @@ def test_result_does_not_require_grad() -> None:
     (grad,) = torch.autograd.grad(p.pow(3).sum(), p, create_graph=True)
     assert grad.requires_grad
     assert not compileclip.get_total_norm([grad]).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_not_clipped_is_not_written(dtype: torch.dtype) -> None:
+    p = nn.Parameter(torch.zeros(5, dtype=dtype))
+    p.grad = torch.randn(5).to(dtype)
+    before, version = p.grad.clone(), p.grad._version
+    compileclip.clip_grad_norm_([p], 1e3)
+    compileclip.clip_grads_with_norm_([p], 1e3, torch.tensor(7.0))
+    assert p.grad._version == version
+    assert same(p.grad, before)
+    compileclip.clip_grad_norm_([p], 1e-3)
+    assert p.grad._version > version
+    assert compileclip.get_total_norm([p.grad]) < 1e-3 + 1e-5
+
+
+def test_a_norm_that_is_nan_is_not_taken_for_one_that_clips_nothing() -> None:
+    p = nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([1.0, math.nan])
+    compileclip.clip_grad_norm_([p], 1e3)
+    assert p.grad.isnan().all()
+
+
+def test_a_norm_under_vmap_stands_for_many() -> None:
+    grad = torch.ones(3)
+
+    def clipped(norm: torch.Tensor) -> torch.Tensor:
+        p = nn.Parameter(torch.zeros(3))
+        p.grad = grad * norm / norm  # of its own in each
+        compileclip.clip_grads_with_norm_([p], 1.0, norm, foreach=False)
+        return p.grad
+
+    found = torch.func.vmap(clipped)(torch.tensor([0.5, 2.0]))
+    torch.testing.assert_close(found, torch.tensor([[1.0] * 3, [0.5] * 3]))

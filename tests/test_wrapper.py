@@ -164,3 +164,25 @@ def test_foreign_optimizer(write_grads: bool | None) -> None:
     assert opt.extra() == "own method"
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = opt.no_such_thing
+
+
+def test_eager_steps_scale_no_gradient_that_is_not_clipped() -> None:
+    """Fused kernels that are given a scale write the gradients back."""
+    given = []
+
+    class Watched(AdamW):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            given.append(getattr(self, "grad_scale", None))
+            return super().step(closure)
+
+    Watched.step.__module__ = AdamW.step.__module__
+    param = torch.nn.Parameter(torch.randn(40))
+    param.grad = torch.randn(40)
+    opt = compileclip.wrap(Watched([param], fused=True), max_norm=1e3, mode="eager")
+    opt.step()
+    opt.max_norm = 1e-3
+    opt.step()
+    unclipped, clipped = given
+    assert unclipped is None
+    assert clipped > 1

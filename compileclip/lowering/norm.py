@@ -52,7 +52,9 @@ def total_norm(tensors: Sequence[Tensor], order: float) -> Tensor | None:
     if served is None or not _PLAIN.issuperset(map(type, tensors)):
         return None
     dtypes = set(map(_dtype, tensors))
-    if not served >= dtypes or not all(map(_is_cpu, tensors)) or not _runs_for_real():
+    if not served >= dtypes or not all(map(_is_cpu, tensors)):
+        return None
+    if not runs_for_real() or os.environ.get("COMPILECLIP_DISABLE") == "1":
         return None
     try:
         if not all(map(Tensor.is_contiguous, tensors)):
@@ -138,10 +140,6 @@ def available() -> Callable[..., int] | None:
         return None
 
 
-def _runs_for_real() -> bool:
+def runs_for_real() -> bool:
     """Whether an operation on plain tensors computes: nothing traces, nothing intercepts it."""
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and not torch.compiler.is_compiling()
-        and os.environ.get("COMPILECLIP_DISABLE") != "1"
-    )
+    return torch._C._len_torch_dispatch_stack() == 0 and not torch.compiler.is_compiling()
