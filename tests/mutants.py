@@ -27,6 +27,7 @@ MUTANTS = [
     ("float64 sums", "reference.py", 'else torch.float64  # MPS',
      'else torch.float32  # MPS', "tests/test_functional.py tests/test_properties.py"),
     ("range of the sums", "reference.py", "- 50\n", "+ 5000\n", QUICK),
+    ("a coefficient of 1", "reference.py", "scale.item() == 1.0", "scale.item() <= 1.0", QUICK),
     ("None filter", "functional.py", "for p in parameters if p.grad is not None]",
      "for p in parameters]", QUICK),
     ("error before scaling", "functional.py", "if error_if_nonfinite and not",
