@@ -52,7 +52,7 @@ MUTANTS = [
     ("runs of chunks", "lowering/cpp_frame.py", "stop = start) {", "stop = start - 1) {",
      "tests/test_lowering_cpp.py"),
     ("the rest of a tensor", "lowering/cpp_frame.py", "std::min((last - chunk) * CHUNK, left)",
-     "left", "tests/test_lowering_cpp.py"),
+     "std::min((last - chunk) * CHUNK, left - 1)", "tests/test_lowering_cpp.py"),
     ("scale in a kernel", "assemble.py", "if kind.grad_scale:", "if False:", "tests/test_amp.py"),
     ("counts as they were", "lowering/triton_norm.py", "tl.store(target, tl.load(source))",
      "tl.store(target, 0)", "tests/test_counts_on_the_device.py"),
