@@ -95,7 +95,7 @@ def update(optimizer: Optimizer, settings: ClipSettings, grads: Gradients, norm:
     if not may_step(optimizer, settings, grads, norm):
         return
     coef = None if settings.max_norm is None else reference.clip_coef(settings.max_norm, norm)
-    if coef is not None and not _is_asynchronous(norm.device) and reference.is_one(coef):
+    if coef is not None and settings.write_grads is not True and _is_known_to_be_one(coef):
         coef = None  # nothing to scale, nor to write back
     amp = None if grads.grad_scale is None else grads.grad_scale.to(norm.device)
     fused = takes_grad_scale(optimizer)
@@ -173,6 +173,10 @@ def _skips_on_device(optimizer: Optimizer, grads: Gradients, norm: Tensor) -> bo
         return False
     stateless = {p for g in optimizer.param_groups if g.get("momentum") == 0 for p in g["params"]}
     return all(optimizer.state.get(p) or p in stateless for p in grads.params)
+
+
+def _is_known_to_be_one(coef: Tensor) -> bool:
+    return not _is_asynchronous(coef.device) and reference.is_one(coef)
 
 
 def _is_asynchronous(device: torch.device) -> bool:

@@ -89,3 +89,15 @@ def test_a_parameter_listed_twice_counts_once() -> None:
     opt.step()
     assert opt.total_norm == 2.0
     torch.testing.assert_close(p.grad, torch.full((4,), 0.5))
+
+
+@pytest.mark.parametrize("mode", ["eager", "multi_tensor"])
+def test_a_gradient_that_is_written_can_be_written_again(mode: str) -> None:
+    """Found by fuzzing: an expanded one that was not clipped was left as it was."""
+    param = torch.nn.Parameter(torch.zeros(3, 4))
+    opt = compileclip.wrap(SGD([param], lr=0.1), max_norm=1e3, write_grads=True, mode=mode)
+    param.grad = torch.ones(1, 4).expand(3, 4)
+    opt.step()
+    assert (param.grad == 1).all()
+    opt.zero_grad(set_to_none=False)
+    assert (param.grad == 0).all()
