@@ -96,7 +96,9 @@ def update(optimizer: Optimizer, settings: ClipSettings, grads: Gradients, norm:
         return
     coef = None if settings.max_norm is None else reference.clip_coef(settings.max_norm, norm)
     if coef is not None and settings.write_grads is not True and _is_known_to_be_one(coef):
-        coef = None  # nothing to scale, nor to write back
+        # Nothing to scale, nor to write back. Where gradients are to be written, those that cannot
+        # be, such as expanded ones, are still replaced below.
+        coef = None
     amp = None if grads.grad_scale is None else grads.grad_scale.to(norm.device)
     fused = takes_grad_scale(optimizer)
     divide = fused and settings.write_grads is not False and _takes_this_scale(grads, norm)
