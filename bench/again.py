@@ -12,17 +12,20 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.case import Case
 from bench.environment import ROOT
-from bench.measure import Method, empty_caches, explain, take_times
+from bench.first_step import use_caches
+from bench.measure import Method, empty_caches, explain, forget_compiled, take_times
 from bench.memory import keep_freed_memory
 from bench.rows import ROWS
+from bench.runs import Run
 from bench.timing import Times
 from bench.workload import Workload
 
@@ -32,11 +35,12 @@ class Asked:
     """A case and rows of it that were checked before.
 
     Attributes:
+        rows: their names, each with the folder of its filled caches; None: the user's own.
         seconds_left: until the case may begin, from the start of the process.
     """
 
     case: Case
-    rows: Sequence[str]
+    rows: Mapping[str, Path | None]
     method: Method
     seconds_left: float
 
@@ -63,7 +67,8 @@ def again(asked: Sequence[Asked]) -> Iterator[Found]:
         assert process.stdout is not None
         threads = torch.get_num_threads()
         with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
-            json.dump({"threads": threads, "asked": [asdict(each) for each in asked]}, stdin)
+            all_asked = {"threads": threads, "asked": [asdict(each) for each in asked]}
+            json.dump(all_asked, stdin, default=str)
         found = 0
         for line in process.stdout:
             if not line.endswith("\n"):  # it ended while it wrote
@@ -78,10 +83,18 @@ def _found(times: dict[str, Any], errors: dict[str, Any], reason: str) -> Found:
     return Found({name: Times(**each) for name, each in times.items()}, errors, reason)
 
 
-def _time(case: Case, rows: Sequence[str], method: Method) -> Found:
+def _time(case: Case, folders: Mapping[str, Path | None], method: Method) -> Found:
     try:
         work = Workload(case)
-        runs = {row.name: row.start(work) for row in ROWS if row.name in rows}
+        runs: dict[str, Run] = {}
+        chosen = [row for row in ROWS if row.name in folders]
+        forget_compiled(chosen)
+        for row in chosen:
+            with use_caches(folders[row.name]):
+                runs[row.name] = run = row.start(work)
+                run.prepare(work.new_grads())
+                run.step()
+                run.release()
         times, errors = take_times(runs, method)
     except Exception as error:
         return Found({}, {}, ": ".join(explain(error)))
@@ -100,7 +113,8 @@ def main() -> None:
         found = Found({}, {}, "the time is up")
         if time.perf_counter() - begin < each["seconds_left"]:
             with contextlib.redirect_stdout(sys.stderr):  # standard output is for what is found
-                found = _time(case, each["rows"], method)
+                folders = {n: f and Path(f) for n, f in each["rows"].items()}
+                found = _time(case, folders, method)
         print(json.dumps(asdict(found)), flush=True)
         empty_caches()
 

@@ -30,10 +30,9 @@ class Method:
     Attributes:
         repetitions: timed steps per row, at least.
         seconds: more steps are timed until all rows together took so long.
-        processes: among how many processes these are divided, all cases in one, then in the next;
-            rows that are compiled tensor by tensor would be compiled in each, so their cases are
-            measured in the first alone. For a part in which the cores lay apart another process
-            takes one more, up to as many again but one.
+        processes: among how many processes these are divided, all cases in one, then in the next.
+            For a part in which the cores lay apart another process takes one more, up to as many
+            again but one. What compiles does so in each, with filled caches on disk.
         warmup: steps before them, in each process; in the first besides the two of the check.
         cold: whether caches are flushed before each step; else new gradients were just written.
         compile_tensors: rows compiled tensor by tensor run up to so many.
@@ -86,12 +85,12 @@ class Measurement:
         self._result = CaseResult(case.to_json(), case.title)
         self._result.rows = [RowResult(row.name) for row in chosen]
         pairs = list(zip(chosen, self._result.rows, strict=True))
-        folders: dict[str, Path] = {}
+        self._folders: dict[str, Path] = {}
         # Before this process takes memory, of which the others need as much.
         for row, found in pairs:
             if method.first_steps and row.compiles and _may_run(row, case, method):
                 on_progress(f"first steps of {row.name}")
-                folders[row.name] = folder = Path(tempfile.mkdtemp(dir=caches))
+                self._folders[row.name] = folder = Path(tempfile.mkdtemp(dir=caches))
                 times = first_steps(case, row.name, folder, method.first_step_limit)
                 found.first_cold_s, found.first_warm_s = times
         on_progress("tensors")
@@ -99,20 +98,19 @@ class Measurement:
         self._result.bytes_per_parameter = work.needed_bytes / case.elements
         self._runs: dict[str, Run] = {}
         self._parts: list[Part] = []
-        if compiles_tensors(chosen, case, method):
-            # Another case is no recompilation, of which there may be a few only.
-            torch.compiler.reset()
+        forget_compiled([row for row in chosen if _may_run(row, case, method)])
         for row, found in pairs:
             on_progress(f"check of {row.name}")
-            with use_caches(folders.get(row.name)):  # filled already
+            with use_caches(self._folders.get(row.name)):  # filled already
                 run = _checked(row, work, method, found)
             if run is not None:
                 self._runs[row.name] = run
 
     @property
-    def rows(self) -> list[str]:
-        """The rows that have not failed."""
-        return [row.name for row in self._result.rows if row.status == "ok"]
+    def rows(self) -> dict[str, Path | None]:
+        """The rows that have not failed, each with its caches, as ``again.Asked`` has them."""
+        ok = [row.name for row in self._result.rows if row.status == "ok"]
+        return {name: self._folders.get(name) for name in ok}
 
     def time(self) -> None:
         """Take this process's part of the times, and let the tensors go."""
@@ -133,7 +131,7 @@ class Measurement:
 
     def finish(self) -> CaseResult:
         """What was found."""
-        failed = {row.name for row in self._result.rows} - set(self.rows)
+        failed = {row.name for row in self._result.rows} - self.rows.keys()
         parts = [{n: t for n, t in part.items() if n not in failed} for part in self._parts]
         conclude(self._result, [part for part in parts if part])
         return self._result
@@ -158,9 +156,10 @@ def take_times(
     return times, {name: explain(error) for name, error in errors.items()}
 
 
-def compiles_tensors(chosen: Sequence[Row], case: Case, method: Method) -> bool:
-    """Whether a row of ``chosen`` that is compiled tensor by tensor is to run."""
-    return any(row.per_tensor and _may_run(row, case, method) for row in chosen)
+def forget_compiled(chosen: Sequence[Row]) -> None:
+    """Make another case no recompilation, of which there may be a few only."""
+    if any(row.per_tensor for row in chosen):
+        torch.compiler.reset()
 
 
 def _may_run(row: Row, case: Case, method: Method) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm  # type: ignore[import-untyped]  # it has no annotations
@@ -14,7 +14,7 @@ from bench import environment, rows, tables
 from bench.again import Asked, Found, again
 from bench.case import Case, NotRunError
 from bench.environment import ROOT
-from bench.measure import Measurement, Method, compiles_tensors, explain
+from bench.measure import Measurement, Method, explain
 from bench.memory import keep_freed_memory
 from bench.results import CaseResult, Report
 from bench.rows import Row
@@ -102,11 +102,8 @@ class _Job:
 
     def __init__(self, work: _Work, case: Case) -> None:
         self.work, self.case, self._rows = work, case, work.plan.rows or rows.ROWS
-        method = work.plan.method
-        if compiles_tensors(self._rows, case, method):
-            method = replace(method, processes=1)
-        self.method, self.left = method, method.processes
-        self._spare = method.processes - 1  # processes in place of those whose cores lay apart
+        self.method, self.left = work.plan.method, work.plan.method.processes
+        self._spare = self.left - 1  # processes in place of those whose cores lay apart
         self._measurement: Measurement | None = None
         self._reason = ""
 

@@ -103,22 +103,32 @@ def test_commands_measured_together(
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_what_is_compiled_by_tensors_is_measured_in_one_process(
+def test_what_compiles_finds_its_caches_in_each_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[int] = []
+    """Those that its first steps have filled, and not the user's own."""
+    asked: list[Asked] = []
 
     def noted(these: list[Asked]) -> Iterator[Found]:
-        asked.extend(len(each.case.shapes) for each in these)
-        return again.again(these)
+        asked.extend(these)
+        filled = [_libraries(each.rows[OURS]) for each in these]
+        yield from again.again(these)
+        assert all(filled)
+        assert [_libraries(each.rows[OURS]) for each in these] == filled
 
     monkeypatch.setattr(progress, "again", noted)
-    options = ["--tensors", "1", "2", "--sizes", "--rows", "fused,one graph", "--no-plots"]
-    options += ["--compile-tensors", "1", "--repetitions", "2", "--warmup", "0", "--processes", "2"]
-    options += ["--seconds", "1e-9", "--no-first-steps", "--out", str(tmp_path)]
-    assert __main__.main(["scaling", *options]) == 0
-    assert asked == [2]
-    assert all(case.row(BASELINE) for case in read(tmp_path / "scaling.json").cases)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "own"))
+    options = ["--tensors", "1", "2", "--sizes", "--rows", "clip + fused,multi_tensor"]
+    options += ["--repetitions", "2", "--seconds", "1e-9", "--processes", "2", "--no-plots"]
+    assert __main__.main(["scaling", *options, "--out", str(tmp_path)]) == 0
+    assert [each.rows[BASELINE] for each in asked] == [None, None]
+    assert all(case.row(OURS) for case in read(tmp_path / "scaling.json").cases)
+    assert not _libraries(tmp_path / "own")
+
+
+def _libraries(folder: Path | None) -> set[Path]:
+    assert folder is not None
+    return set(folder.rglob("*.so"))
 
 
 @pytest.mark.parametrize(("latency", "more"), [(20.0, 2), (200.0, 4)])
