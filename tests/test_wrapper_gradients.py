@@ -100,3 +100,32 @@ def test_a_gradient_that_is_written_can_be_written_again(mode: str) -> None:
     opt.step()
     param.grad.mul_(2)
     assert (param.grad == 2).all()
+
+
+@pytest.mark.parametrize("write_grads", [None, True])
+@pytest.mark.parametrize("mode", ["eager", "inductor", "multi_tensor"])
+def test_a_backward_through_what_the_step_has_changed(mode: str, write_grads: bool | None) -> None:
+    """It fails, as after torch's own step, and does not take new weights for the old."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    opt = compileclip.wrap(SGD([weight], lr=0.1), 1.0, write_grads=write_grads, mode=mode)
+    for _ in range(2):
+        loss = (weight * torch.ones(3, requires_grad=True)).sum()
+        loss.backward(retain_graph=True)
+        opt.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+        opt.zero_grad()
+
+
+@pytest.mark.parametrize("mode", ["eager", "multi_tensor"])
+@pytest.mark.parametrize("max_norm", [0.1, 100.0])
+def test_a_backward_through_a_gradient_that_is_written(mode: str, max_norm: float) -> None:
+    """It fails where the gradient was scaled, as after ``clip_grad_norm_``."""
+    param = torch.nn.Parameter(torch.ones(3))
+    opt = compileclip.wrap(SGD([param], lr=0.1), max_norm, write_grads=True, mode=mode)
+    for _ in range(2):
+        param.grad = torch.ones(3)
+        product = param.grad * torch.ones(3, requires_grad=True)
+        opt.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.sum().backward()
