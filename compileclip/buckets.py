@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-from compileclip.lowering.norm import is_dense
+from compileclip.lowering.plain import is_dense
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

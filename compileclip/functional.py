@@ -163,7 +163,7 @@ def clip_grad_value_(
             p.grad = p.grad.coalesce()
     grads = [reference.values(g) for g in _grads(parameters)]
     _check_foreach(grads, foreach)
-    if grads and _foreach(grads, foreach):
+    if grads and reference.takes_foreach([local(g) for g in grads], foreach):
         torch._foreach_clamp_min_(grads, -clip_value)
         torch._foreach_clamp_max_(grads, clip_value)
     else:
@@ -214,7 +214,7 @@ def _clip(
         total_norm = total_norm.full_tensor()
     coef = reference.clip_coef(max_norm, total_norm)
     if not reference.is_one(coef):
-        reference.scale_([local(g) for g in grads], coef, foreach=_foreach(grads, foreach))
+        reference.scale_([local(g) for g in grads], coef, foreach)
 
 
 def _sharded_total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
@@ -234,20 +234,13 @@ def _grads(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 
 
-def _foreach(tensors: Sequence[Tensor], foreach: bool | None) -> bool:
-    """Whether to call foreach kernels; torch takes them for plain tensors only."""
-    plain = all(type(t) is Tensor and t.layout == torch.strided for t in map(local, tensors))
-    supported = all(_device_has_foreach_support(t.device) for t in tensors)
-    return supported and (foreach is True or (foreach is None and plain))
-
-
 def _check_foreach(tensors: Sequence[Tensor], foreach: bool | None) -> None:
     if not foreach:
         return
-    for t in tensors:
-        if not _device_has_foreach_support(t.device):
+    for device in {t.device for t in tensors}:
+        if not _device_has_foreach_support(device):
             raise RuntimeError(
-                f"foreach=True was passed, but can't use the foreach API on {t.device.type} "
+                f"foreach=True was passed, but can't use the foreach API on {device.type} "
                 "tensors; pass foreach=None"
             )
 

@@ -1,7 +1,7 @@
 """The semantics of clipping in plain eager PyTorch: oracle, baseline and fallback of every mode.
 
 Nothing here reads a value back to the host. What is private to torch and used here (read in torch
-2.11 to 2.13): ``_group_tensors_by_device_and_dtype`` and
+2.11 to 2.13): ``_device_has_foreach_support``, ``_group_tensors_by_device_and_dtype`` and
 ``_amp_foreach_non_finite_check_and_unscale_``.
 """
 
@@ -14,9 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
+from torch.utils._foreach_utils import (
+    _device_has_foreach_support,
+    _group_tensors_by_device_and_dtype,
+)
 
 from compileclip.lowering import norm as native_norm
+from compileclip.lowering import scale as native_scale
+from compileclip.lowering.plain import runs_for_real
 
 # Where a norm is accumulated in a wider dtype than the gradient's, a CPU kernel first casts a copy.
 # Pieces of this many elements keep that copy small, and in the cache.
@@ -93,27 +98,32 @@ def is_one(scale: Tensor) -> bool:
     if torch.compiler.is_compiling() or type(scale) is not Tensor or not scale.is_cpu:
         return False
     try:
-        return native_norm.runs_for_real() and scale.item() == 1.0
+        return runs_for_real() and scale.item() == 1.0
     except RuntimeError:  # one of functorch's, which stands for many
         return False
 
 
 @torch.no_grad()
-def scale_(tensors: Sequence[Tensor], scale: Tensor, foreach: bool = True) -> None:
+def scale_(tensors: Sequence[Tensor], scale: Tensor, foreach: bool | None = None) -> None:
     """Multiply ``tensors`` in place by ``scale``, a 0-dim real tensor.
 
+    ``foreach`` is as in torch. On a CPU a native kernel takes what it serves, but for ``False``.
     float16 and bfloat16 tensors are multiplied by ``scale`` in float32 and rounded once; torch's
     ``mul_`` on a GPU would round ``scale`` to their dtype first.
     """
+    compiling = torch.compiler.is_compiling()
+    if not tensors or (
+        not compiling and foreach is not False and native_scale.scale_(tensors, scale)
+    ):
+        return
     # Scaling is linear, so the values of a sparse tensor need not be coalesced for it.
     dense = [t._values() if t.layout == torch.sparse_coo else t for t in tensors]
-    if torch.compiler.is_compiling():
+    if compiling:
         # A graph wants no opaque operator here, but pointwise ones that fuse.
         for t in dense:
             t.copy_(t.float() * scale) if t.dtype in HALF else t.mul_(scale)
         return
-    if not dense:
-        return
+    foreach = takes_foreach(dense, foreach)
     for device, dtype, group in _by_device_and_dtype(dense):
         factor = scale.to(device)
         if dtype in HALF:
@@ -125,6 +135,13 @@ def scale_(tensors: Sequence[Tensor], scale: Tensor, foreach: bool = True) -> No
         else:
             for t in group:
                 t.mul_(factor)
+
+
+def takes_foreach(tensors: Sequence[Tensor], foreach: bool | None) -> bool:
+    """Whether to call foreach kernels; by itself torch takes them for plain tensors only."""
+    if foreach is None:
+        foreach = all(type(t) is Tensor and t.layout == torch.strided for t in tensors)
+    return foreach and all(map(_device_has_foreach_support, {t.device for t in tensors}))
 
 
 def _by_device_and_dtype(

@@ -14,24 +14,19 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import os
 from array import array
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from compileclip.lowering import CHUNK, threads
+from compileclip.lowering import CHUNK, plain, threads
+from compileclip.lowering.plain import CODES
 
-# What the kernel calls the dtypes.
-CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 SERVED = {2.0: CODES.keys(), math.inf: CODES.keys()}
-_PLAIN = {Tensor, Parameter}
 _CPU = torch.device("cpu")
-_dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
-is_dense = torch.ops.aten.is_non_overlapping_and_dense.default
+_dtype = attrgetter("dtype")
 
 
 def total_norm(tensors: Sequence[Tensor], order: float) -> Tensor | None:
@@ -49,22 +44,18 @@ def total_norm(tensors: Sequence[Tensor], order: float) -> Tensor | None:
         served, or there is no compiler.
     """
     served = SERVED.get(order)
-    if served is None or not _PLAIN.issuperset(map(type, tensors)):
-        return None
     dtypes = set(map(_dtype, tensors))
-    if not served >= dtypes or not all(map(_is_cpu, tensors)):
-        return None
-    if not runs_for_real() or os.environ.get("COMPILECLIP_DISABLE") == "1":
+    if served is None or not served >= dtypes or not plain.may_be_read(tensors):
         return None
     try:
         if not all(map(Tensor.is_contiguous, tensors)):
-            tensors = [t if is_dense(t) else t.contiguous() for t in tensors]
-        pointers = array("Q", list(map(Tensor.data_ptr, tensors)))
+            tensors = [t if plain.is_dense(t) else t.contiguous() for t in tensors]
+        found = plain.addresses(tensors)
     except RuntimeError:  # a sparse tensor, a wrapper of functorch's: there is no memory to read
         return None
-    sizes = array("q", list(map(Tensor.numel, tensors)))
-    if 0 in pointers and any(n and not p for n, p in zip(sizes, pointers, strict=True)):
+    if found is None:
         return None
+    pointers, sizes = found
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     out = torch.empty((), dtype=dtype, device=_CPU)  # not on a default device
     kind = dtypes.pop() if len(dtypes) == 1 else array("b", [CODES[t.dtype] for t in tensors])
@@ -138,8 +129,3 @@ def available() -> Callable[..., int] | None:
         return of_type(("compileclip_norm", native.load(SOURCE)))
     except (native.CompilerError, OSError):
         return None
-
-
-def runs_for_real() -> bool:
-    """Whether an operation on plain tensors computes: nothing traces, nothing intercepts it."""
-    return torch._C._len_torch_dispatch_stack() == 0 and not torch.compiler.is_compiling()
