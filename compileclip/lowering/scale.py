@@ -5,7 +5,6 @@ A product of two numbers of the tensor's dtype, rounded once, as torch's ``mul_`
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from array import array
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from compileclip.lowering import CHUNK, native, plain, threads
+from compileclip.lowering import CHUNK, plain, threads
 
 _dtype = attrgetter("dtype")
 SERVED = {torch.float32, torch.float64}
@@ -157,6 +156,10 @@ def scale_(tensors: Sequence[Tensor], scale: Tensor) -> bool:
 @functools.cache
 def available() -> Callable[..., None] | None:
     """The kernel, compiled at the first call; ``None`` if that fails. It is tried once."""
+    import ctypes
+
+    from compileclip.lowering import native
+
     code, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     of_type = ctypes.CFUNCTYPE(None, size, *[pointer] * 3, code, ctypes.c_double, code)
     try:
