@@ -12,7 +12,8 @@ DEVICE ?= cpu
 SEEDS ?= 0
 OUT ?= demo.png
 WORKERS ?= 2
-# Of 40 rounds some do not count where a virtual machine moves its cores.
+# Of 40 rounds some do not count where a virtual machine moves its cores. Short steps differ the most
+# from process to process, and cost the least.
 TOGETHER := --processes 6 --repetitions 40 --minutes 8
 
 .PHONY: demo test lint types pytest mutants bench gpu clean
@@ -41,7 +42,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m bench \
 	    train --rows torch "torch, fused" compileclip "compileclip, eager" \
 	    + scaling --tensors 10 100 1000 5000 --sizes 1e4 1e5 1e6 1e7 \
-	    --rows "clip + fused,multi_tensor,limit" $(TOGETHER) --no-first-steps \
+	    --rows "clip + fused,multi_tensor,limit" $(TOGETHER) --processes 9 --no-first-steps \
 	    + scaling --name compilation --tensors 10 30 --sizes \
 	    --rows "clip + fused,one graph,multi_tensor,limit" $(TOGETHER) \
 	    + step --name optimizers --optimizer SGD RMSprop NAdam RAdam \
