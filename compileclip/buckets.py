@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from compileclip.lowering.plain import is_dense
@@ -110,15 +109,6 @@ class Bucket:
             for other in self.states:
                 other[name] = state[name]
         self._versions = [(buffer, buffer._version) for buffer in self.counts.values()]
-
-    def note_written(self, grads: bool) -> None:
-        """Tell autograd that parameters, and gradients if these are written too, have changed.
-
-        As after torch's own operations, a backward through what it saved of them before fails.
-        """
-        increment_version(self.params)
-        if grads:
-            increment_version([p.grad for p in self.params if p.grad is not None])
 
     def counts_are_unchanged(self) -> bool:
         """Whether nothing has written to the counts since the last step."""

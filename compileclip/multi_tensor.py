@@ -266,7 +266,7 @@ class MultiTensorStep:
         for work, kernel, found in reversed(list(zip(self._works, kernels, scalars, strict=True))):
             args = (kernel, work.resident, work.extent, found, {**read, **work.values})
             self._target.launch(*args, work.bucket.counts)
-            work.bucket.note_written(grads=kind.insert.write_grads)
+            work.table.note_written(grads=kind.insert.write_grads)
         if kind.insert.write_grads:
             for each in copies:
                 each.grad.copy_(each.copy)

@@ -5,6 +5,7 @@ whether anything is another than before; this takes a tenth. It knows of torch:
 
 * that the Python object of a tensor holds an ``at::Tensor``, which is one pointer, to what
   ``_cdata`` says. Where in the object is looked up at run time;
+* where a tensor keeps the number that ``_version`` tells. That is looked up at run time too;
 * the C interface of libtorch (``torch/csrc/inductor/aoti_torch/c/shim.h``), which is kept stable,
   and ``c10::TensorImpl::grad()``. Read in torch 2.11 to 2.13.
 """
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from compileclip.lowering import UnsupportedError, native
 from compileclip.native_torch_source import SOURCE
@@ -39,6 +41,9 @@ class Library:
         library, pointer = native.load(SOURCE), ctypes.c_void_p
         status, held = ctypes.c_int, ctypes.PYFUNCTYPE  # which keeps Python from other threads
         self.gather = held(status, pointer, pointer, status)(("compileclip_gather", library))
+        self.note_written = held(status, pointer, pointer, status)(
+            ("compileclip_note_written", library)
+        )
         same = held(status, pointer, pointer, ctypes.py_object, ctypes.py_object)
         self.same = same(("compileclip_same", library))
         folder = Path(torch.__file__).parent / "lib"
@@ -57,7 +62,8 @@ class Library:
         undefined = ctypes.c_int64.from_address(grad(bare._cdata) or 0).value
         self._offset, self._storage_offset = offset, _offset_of_storage(bare)
         self._grad = grad
-        self._held = array("q", [*self._addresses, undefined, offset, self._storage_offset])
+        offsets = offset, self._storage_offset, *_offsets_of_version()
+        self._held = array("q", [*self._addresses, undefined, *offsets])
         self.torch = address(self._held)
 
     def storage_of(self, implementation: int) -> int:
@@ -86,6 +92,21 @@ def _offset_of_storage(tensor: Tensor) -> int:
     words = (ctypes.c_int64 * 8).from_address(tensor._cdata)
     storage = tensor.untyped_storage()._cdata
     return 8 * list(words).index(storage) if storage in words else 0
+
+
+def _offsets_of_version() -> tuple[int, int]:
+    """Where in what a tensor holds its version counter is, and the number in that; or zeros."""
+    tensor = torch.empty(0, device="cpu")
+    alike, other = tensor.detach(), tensor.data  # the first shares the counter, the second does not
+    words = [list((ctypes.c_int64 * 8).from_address(t._cdata)) for t in (tensor, alike, other)]
+    found = [i for i, (a, b, c) in enumerate(zip(*words, strict=True)) if a and a == b != c]
+    if len(found) != 1:
+        return 0, 0
+    numbers = (ctypes.c_uint32 * 5).from_address(words[0][found[0]])
+    before = list(numbers)
+    increment_version([tensor] * 3)
+    moved = [(i, b - a) for i, (a, b) in enumerate(zip(before, numbers, strict=True)) if a != b]
+    return (8 * found[0], 4 * moved[0][0]) if [by for _, by in moved] == [3] else (0, 0)
 
 
 def _entry(function: Any) -> int:

@@ -28,10 +28,13 @@ struct Torch {
   void* undefined;  // what the tensor holds that stands for none
   int64_t offset;   // of the tensor in its Python object
   int64_t storage;  // where in what a tensor holds its storage is; it may be a guess
+  int64_t version;  // where in that its version counter is, or 0 if that is not known
+  int64_t number;   // where in that counter the number is
 
   Tensor tensor(Object object) const { return (Tensor)((char*)object + offset); }
   Tensor grad_of(Object object) const { return grad(*tensor(object)); }
   void* storage_of(void* held) const { return *(void**)((char*)held + storage); }
+  char* version_of(void* held) const { return *(char**)((char*)held + version); }
 };
 
 struct Bucket {
@@ -161,6 +164,25 @@ extern "C" int compileclip_gather(const Torch* torch, const Bucket* bucket, int 
       status |= gather(*torch, *bucket, k * BLOCK, k * BLOCK + BLOCK < n ? k * BLOCK + BLOCK : n);
   }
   return status & STALE ? STALE : status;
+}
+
+static void note_written(const Torch& torch, void* held) {
+  char* const version = torch.version_of(held);
+  if (version) __atomic_fetch_add((uint32_t*)(version + torch.number), 1, __ATOMIC_RELAXED);
+}
+
+// Count the versions of parameters, and of gradients if these are written too; 0 if nobody can.
+extern "C" int compileclip_note_written(const Torch* torch, const Bucket* bucket, int grads) {
+  if (!torch->version) return 0;
+  const int64_t n = bucket->n;
+  for (int64_t i = 0; i < n; ++i) {
+    if (i + 24 < n) prefetch(torch->tensor(bucket->params[i + 24]), 1);
+    if (i + 16 < n) prefetch(*torch->tensor(bucket->params[i + 16]), 1);
+    if (i + 8 < n) prefetch(torch->version_of(*torch->tensor(bucket->params[i + 8])), 1);
+    note_written(*torch, *torch->tensor(bucket->params[i]));
+    if (grads) note_written(*torch, *torch->grad_of(bucket->params[i]));
+  }
+  return 1;
 }
 
 struct Objects {

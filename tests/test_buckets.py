@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same, set_grads
+from helpers import assert_same, params_like, set_grads
 from test_optim_db import all_params
 from torch.optim import SGD, Optimizer, RAdam, lr_scheduler
 from twins import Lion, Twins, fresh, sgd
 
+import compileclip
+from compileclip import gather, native_torch
 from compileclip.fallback import FallbackWarning
 
 __all__ = ["fresh"]
@@ -112,3 +114,25 @@ def test_numbers_in_the_group() -> None:
     for seed in range(5):
         twins.step(seed)
     assert [opt.param_groups[0]["k"] for opt in twins.both] == [5, 5]
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_versions_of_what_is_written(is_known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Natively, or by torch where it is not known where a tensor keeps its version."""
+    if not is_known:
+        monkeypatch.setattr(native_torch, "_offsets_of_version", lambda: (0, 0))
+    library = native_torch.Library()
+    monkeypatch.setattr(gather, "library", lambda: library)
+    params = params_like([(3,), (2, 2)] * 20)
+    opt = compileclip.wrap(SGD(params, lr=0.1), 1.0, write_grads=True, mode="multi_tensor")
+    noted: list[int] = []
+    note = library.note_written
+    library.note_written = lambda *args: noted.append(note(*args)) or noted[-1]
+    for _ in range(2):
+        set_grads(params, seed=0)
+        before = [(p._version, p.grad._version) for p in params]
+        opt.step()
+        assert [(p._version, p.grad._version) for p in params] == [
+            (a + 1, b + 1) for a, b in before
+        ]
+    assert noted == [int(is_known)] * 2
