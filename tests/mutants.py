@@ -61,7 +61,7 @@ MUTANTS = [
     ("versions by torch", "gather.py", "[*params, *(p.grad for p in params if grads and",
      "[*(p.grad for p in params if grads and", "tests/test_buckets.py"),
     ("a factor in the tensor's dtype", "lowering/scale.py", "const T by = (T)factor;",
-     "const double by = factor;", "tests/test_scale_kernel.py"),
+     "const float by = (float)factor;", "tests/test_scale_kernel.py"),
     ("where a thread's part ends", "lowering/scale.py", "most < sizes[i] ? most : sizes[i];",
      "sizes[i];", "tests/test_scale_kernel.py"),
     ("scaled tensors noted as written", "lowering/scale.py", "    increment_version(tensors)\n",

@@ -16,7 +16,8 @@ import compileclip
 from compileclip import reference
 from compileclip.lowering import CHUNK, native, scale
 
-FACTORS = [torch.tensor(0.3), torch.tensor(1 / 3, dtype=torch.float64), torch.tensor(float("nan"))]
+FACTORS = [0.3, 1 / 3, float("nan")]
+FACTOR = torch.tensor(FACTORS[0])
 DTYPES = sorted(scale.SERVED, key=str)
 # Of one thread, of several, of several chunks, and such that threads meet inside a tensor.
 SIZES = [(1,), (0, 5, 31, 100), (CHUNK, CHUNK + 1, 0, 7), (7, 5 * CHUNK - 3, 3 * CHUNK)]
@@ -33,14 +34,15 @@ def as_torch(tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("dtypes", [DTYPES[:1], DTYPES[1:], DTYPES])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_as_torch(
-    dtypes: list[torch.dtype], sizes: tuple[int, ...], factor: Tensor, threads: int, restored: Any
+    dtype: torch.dtype, sizes: tuple[int, ...], factor: float, threads: int, restored: Any
 ) -> None:
-    tensors = [random(n, dtypes[i % len(dtypes)], seed=i) for i, n in enumerate(sizes)]
-    expected = as_torch(tensors, factor)
+    tensors = [random(n, dtype, seed=i) for i, n in enumerate(sizes)]
+    by = torch.tensor(factor, dtype=dtype)
+    expected = as_torch(tensors, by)
     torch.set_num_threads(threads)
-    assert scale.scale_(tensors, factor)
+    assert scale.scale_(tensors, by)
     assert all(map(same, tensors, expected))
 
 
@@ -57,8 +59,9 @@ def test_numbers_at_the_ends(dtype: torch.dtype) -> None:
     numbers = [0.0, -0.0, np.inf, -np.inf, np.nan, info.max, info.tiny, info.smallest_normal / 3]
     for factor in (0.1, 3.0, 1e-300, 0.0):
         tensor = torch.tensor(numbers * 5, dtype=dtype)
-        expected = as_torch([tensor], torch.tensor(factor, dtype=torch.float64))
-        assert scale.scale_([tensor], torch.tensor(factor, dtype=torch.float64))
+        by = torch.tensor(factor, dtype=dtype)
+        expected = as_torch([tensor], by)
+        assert scale.scale_([tensor], by)
         assert same(tensor, expected[0])
 
 
@@ -81,12 +84,12 @@ def views() -> list[Any]:
 @pytest.mark.parametrize("make", views())
 def test_layouts_that_are_served(make: Callable[[Tensor], Tensor]) -> None:
     tensor, around = make(base := random(240)), [random(3), random(5)]
-    expected = as_torch([around[0], tensor, around[1]], FACTORS[0])
+    expected = as_torch([around[0], tensor, around[1]], FACTOR)
     outside = base.clone()
     inside = torch.zeros(240, dtype=torch.bool)
     if tensor.untyped_storage().data_ptr() == base.untyped_storage().data_ptr():
         inside.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
-    assert scale.scale_([around[0], tensor, around[1]], FACTORS[0])
+    assert scale.scale_([around[0], tensor, around[1]], FACTOR)
     assert all(map(same, [around[0], tensor, around[1]], expected))
     assert same(base[~inside], outside[~inside])
 
@@ -96,6 +99,7 @@ def refused() -> list[Any]:
     return [
         pytest.param(base.to(torch.complex64), id="complex"),
         pytest.param(base.to(torch.bfloat16), id="bfloat16"),
+        pytest.param(base.double(), id="another dtype"),
         pytest.param(base.as_subclass(subclass), id="subclass"),
         pytest.param(base.view(3, 4).to_sparse(), id="sparse"),
         pytest.param(torch._to_functional_tensor(base), id="functional"),
@@ -111,8 +115,9 @@ def refused() -> list[Any]:
 def test_what_is_left_to_torchs_operators(tensor: Tensor) -> None:
     others = [random(3), random(5)]
     before = [t.clone() for t in others]
-    assert not scale.scale_([others[0], tensor, others[1]], FACTORS[0])
-    assert not scale.scale_(others, FACTORS[0].to("meta"))
+    assert not scale.scale_([others[0], tensor, others[1]], FACTOR)
+    assert not scale.scale_(others, FACTOR.to("meta"))
+    assert not scale.scale_(others, FACTOR.double())
     assert all(map(same, others, before))
 
 
@@ -122,10 +127,19 @@ def test_tensors_that_share_memory(shift: int) -> None:
     base = random(shift + 8 * CHUNK)
     expected = base.clone()
     for view in (expected[: 8 * CHUNK], expected[shift:]):
-        view.mul_(FACTORS[0])
+        view.mul_(FACTOR)
     apart = random(CHUNK, seed=1)
-    assert scale.scale_([base[shift:], apart, base[: 8 * CHUNK]], FACTORS[0])
+    assert scale.scale_([base[shift:], apart, base[: 8 * CHUNK]], FACTOR)
     assert same(base, expected)
+
+
+def test_several_dtypes() -> None:
+    """Found by fuzzing: torch multiplies tensors of 0 dimensions in the wider dtype."""
+    tensors = [random(3), random(3)[0], random(3, torch.float64)]
+    factor = torch.tensor(1 / 3, dtype=torch.float64)
+    expected = as_torch(tensors, factor)
+    reference.scale_(tensors, factor)
+    assert all(map(same, tensors, expected))
 
 
 def test_who_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,16 +171,16 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         native.load.cache_clear()
 
     tensor = random(9)
-    expected = as_torch([tensor], FACTORS[0])
+    expected = as_torch([tensor], FACTOR)
     forget()
     try:
         monkeypatch.setenv("CXX", "/nowhere/g++")
-        assert not scale.scale_([tensor], FACTORS[0])
-        reference.scale_([tensor], FACTORS[0])
+        assert not scale.scale_([tensor], FACTOR)
+        reference.scale_([tensor], FACTOR)
         assert same(tensor, expected[0])
     finally:
         forget()
     monkeypatch.delenv("CXX")
-    assert scale.scale_([tensor], FACTORS[0])
+    assert scale.scale_([tensor], FACTOR)
     monkeypatch.setenv("COMPILECLIP_DISABLE", "1")
-    assert not scale.scale_([tensor], FACTORS[0])
+    assert not scale.scale_([tensor], FACTOR)

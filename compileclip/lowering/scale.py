@@ -1,12 +1,12 @@
 """Multiply a list of tensors in place as one native kernel: float32 and float64, on a CPU.
 
-A product of two numbers of the tensor's dtype, rounded once, as torch's ``mul_`` computes it.
+Tensors and scale have one dtype, so that a product is rounded once, as by torch's ``mul_``. Of two
+dtypes that computes in the wider one for a tensor of 0 dimensions, and in the tensor's for another.
 """
 
 from __future__ import annotations
 
 import functools
-from array import array
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 
@@ -35,15 +35,13 @@ struct List {
   int64_t n;
   const uint64_t* pointers;
   const int64_t* sizes;
-  const int8_t* dtypes;  // or null, and one for all
-  int dtype;
+  int64_t width;  // bytes of an element
   double factor;
 
-  int64_t width(int64_t i) const { return (dtypes ? dtypes[i] : dtype) ? 8 : 4; }
   int64_t chunks(int64_t i) const { return (sizes[i] + CHUNK - 1) / CHUNK; }
 
   void prefetch(int64_t i) const {
-    const int64_t bytes = i < n ? sizes[i] * width(i) : 0;
+    const int64_t bytes = i < n ? sizes[i] * width : 0;
     for (int64_t k = 0; k < bytes && k < AHEAD; k += 64)
       __builtin_prefetch((char*)pointers[i] + k, 1);
   }
@@ -61,7 +59,7 @@ struct List {
       const int64_t most = (end - first) * CHUNK, to = most < sizes[i] ? most : sizes[i];
       if (from >= to) continue;
       prefetch(i + 1);
-      width(i) == 4 ? scale<Float32>(i, from, to) : scale<Float64>(i, from, to);
+      width == 4 ? scale<Float32>(i, from, to) : scale<Float64>(i, from, to);
     }
   }
 };
@@ -82,7 +80,7 @@ static bool are_apart(const List& list) {
   int64_t count = 0;
   for (int64_t i = 0; i < list.n; ++i)
     if (list.sizes[i])
-      spans[count++] = {list.pointers[i], list.pointers[i] + list.sizes[i] * list.width(i)};
+      spans[count++] = {list.pointers[i], list.pointers[i] + list.sizes[i] * list.width};
   const auto in_order = [&] {
     for (int64_t i = 1; i < count; ++i)
       if (spans[i].begin < spans[i - 1].end) return false;
@@ -98,8 +96,8 @@ static bool are_apart(const List& list) {
 }
 
 extern "C" void compileclip_scale(int64_t n, const uint64_t* pointers, const int64_t* sizes,
-                                  const int8_t* dtypes, int dtype, double factor, int threads) {
-  const List list = {n, pointers, sizes, dtypes, dtype, factor};
+                                  int width, double factor, int threads) {
+  const List list = {n, pointers, sizes, width, factor};
   int64_t chunks = 0, elements = 0;
   for (int64_t i = 0; i < n; ++i) chunks += list.chunks(i), elements += sizes[i];
   if (threads <= 1 || elements < GRAIN || !are_apart(list)) {
@@ -118,8 +116,8 @@ extern "C" void compileclip_scale(int64_t n, const uint64_t* pointers, const int
 def scale_(tensors: Sequence[Tensor], scale: Tensor) -> bool:
     """Multiply ``tensors`` in place by ``scale``, where the kernel serves them.
 
-    It serves plain tensors on a CPU, float32 or float64, without gaps or overlaps within one. Two
-    that share memory are multiplied one after the other, as torch does.
+    It serves plain tensors on a CPU, float32 or float64 as ``scale``, without gaps or overlaps
+    within one. Two that share memory are multiplied one after the other, as torch does.
 
     Args:
         tensors: at least one tensor of any kind.
@@ -128,8 +126,9 @@ def scale_(tensors: Sequence[Tensor], scale: Tensor) -> bool:
     Returns:
         Whether that was done; False where they are not served, or there is no compiler.
     """
-    dtypes = set(map(_dtype, tensors))
-    if not dtypes <= SERVED or not plain.may_be_read([*tensors, scale]):
+    if scale.dtype not in SERVED or {scale.dtype} != set(map(_dtype, tensors)):
+        return False
+    if not plain.may_be_read([*tensors, scale]):
         return False
     try:
         # Written as the memory has it, so each element must be there once.
@@ -143,12 +142,8 @@ def scale_(tensors: Sequence[Tensor], scale: Tensor) -> bool:
     if found is None or kernel is None:
         return False
     pointers, sizes = found
-    codes, one = None, plain.CODES[tensors[0].dtype]
-    if len(dtypes) > 1:
-        codes = array("b", [plain.CODES[t.dtype] for t in tensors])
-    address = None if codes is None else codes.buffer_info()[0]
     where = pointers.buffer_info()[0], sizes.buffer_info()[0]
-    kernel(len(pointers), *where, address, one, factor, threads())
+    kernel(len(pointers), *where, scale.itemsize, factor, threads())
     increment_version(tensors)
     return True
 
@@ -161,7 +156,7 @@ def available() -> Callable[..., None] | None:
     from compileclip.lowering import native
 
     code, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    of_type = ctypes.CFUNCTYPE(None, size, *[pointer] * 3, code, ctypes.c_double, code)
+    of_type = ctypes.CFUNCTYPE(None, size, pointer, pointer, code, ctypes.c_double, code)
     try:
         return of_type(("compileclip_scale", native.load(SOURCE)))
     except (native.CompilerError, OSError):
