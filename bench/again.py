@@ -80,25 +80,31 @@ def again(asked: Sequence[Asked]) -> Iterator[Found]:
 
 
 def _found(times: dict[str, Any], errors: dict[str, Any], reason: str) -> Found:
-    return Found({name: Times(**each) for name, each in times.items()}, errors, reason)
+    failed = {name: (status, why) for name, (status, why) in errors.items()}
+    return Found({name: Times(**each) for name, each in times.items()}, failed, reason)
 
 
 def _time(case: Case, folders: Mapping[str, Path | None], method: Method) -> Found:
     try:
         work = Workload(case)
-        runs: dict[str, Run] = {}
-        chosen = [row for row in ROWS if row.name in folders]
-        forget_compiled(chosen)
-        for row in chosen:
+    except Exception as error:
+        return Found({}, {}, ": ".join(explain(error)))
+    runs: dict[str, Run] = {}
+    failed: dict[str, tuple[str, str]] = {}
+    chosen = [row for row in ROWS if row.name in folders]
+    forget_compiled(chosen)
+    for row in chosen:
+        try:
             with use_caches(folders[row.name]):
-                runs[row.name] = run = row.start(work)
+                run = row.start(work)
                 run.prepare(work.new_grads())
                 run.step()
                 run.release()
-        times, errors = take_times(runs, method)
-    except Exception as error:
-        return Found({}, {}, ": ".join(explain(error)))
-    return Found(times, errors)
+            runs[row.name] = run
+        except Exception as error:
+            failed[row.name] = explain(error)
+    times, errors = take_times(runs, method) if runs else ({}, {})
+    return Found(times, failed | errors)
 
 
 def main() -> None:

@@ -159,7 +159,8 @@ def test_cases_and_rows_that_fail_in_a_later_process() -> None:
     ]
     gone, without, fine, late = again.again(asked)
     assert gone.reason.startswith("not run: no device 'cuda:77'")
-    assert without.reason == "not run: torch.optim.RMSprop has no fused=True"
+    assert without.errors == {BASELINE: ("not run", "torch.optim.RMSprop has no fused=True")}
+    assert without.times.keys() == {"clip + foreach"}
     assert fine.times.keys() == rows_asked.keys()
     assert not fine.errors
     assert late.reason == "the time is up"

@@ -45,7 +45,7 @@ def total_norm(tensors: Sequence[Tensor], order: float) -> Tensor | None:
     """
     served = SERVED.get(order)
     dtypes = set(map(_dtype, tensors))
-    if served is None or not served >= dtypes or not plain.may_be_read(tensors):
+    if served is None or not served >= dtypes or not plain.serves(tensors):
         return None
     try:
         if not all(map(Tensor.is_contiguous, tensors)):

@@ -18,7 +18,7 @@ _is_cpu = attrgetter("is_cpu")
 is_dense = torch.ops.aten.is_non_overlapping_and_dense.default
 
 
-def may_be_read(tensors: Sequence[Tensor]) -> bool:
+def serves(tensors: Sequence[Tensor]) -> bool:
     """Whether ``tensors`` are plain ones on a CPU, and native code may replace torch's."""
     return (
         _PLAIN.issuperset(map(type, tensors))

@@ -128,7 +128,7 @@ def scale_(tensors: Sequence[Tensor], scale: Tensor) -> bool:
     """
     if scale.dtype not in SERVED or {scale.dtype} != set(map(_dtype, tensors)):
         return False
-    if not plain.may_be_read([*tensors, scale]):
+    if not plain.serves([*tensors, scale]):
         return False
     try:
         # Written as the memory has it, so each element must be there once.
