@@ -51,20 +51,26 @@ bench: $(VENV)/ready
 	    --compile-tensors 0 $(TOGETHER) --no-first-steps
 
 # No virtual environment: on a GPU machine the torch that fits its driver is installed already.
-# What fails does not keep the rest from running; results go to the folder OUT of the environment.
+# What fails, or takes too long, does not keep the rest from running. After each part, all results
+# so far are packed into the folder OUT of the environment.
+SAVE = if [ -n "$$OUT" ]; then mkdir -p "$$OUT" && tar czf "$$OUT/bench.tar.gz" -C build bench; fi
+GPU_BENCH = $(PYTHON) -m bench
+XDIST = $$($(PYTHON) -c "import xdist" 2> /dev/null && echo "-n 8")
 gpu:
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
+	mkdir -p build/bench
 	failed=0; \
-	timeout 120 $(PYTHON) -m pytest -q -m gpu || failed=1; \
-	$(PYTHON) -m bench scaling --device cuda --tensors 10 1000 5000 --sizes 1e5 1e7 1e9 \
-	    --compile-tensors 0 --no-first-steps --minutes 0.7 || failed=1; \
-	$(PYTHON) -m bench scaling --device cuda --name compilation --tensors 10 30 --sizes \
-	    --rows "clip + fused,one graph,multi_tensor,limit" --minutes 0.8 || failed=1; \
-	timeout 60 $(PYTHON) -m bench train --device cuda \
-	    --rows torch "torch, fused" compileclip "compileclip, eager" || failed=1; \
-	$(PYTHON) -m bench step --device cuda --shapes 1x1000 2000x32x32 gpt2 resnet50 llama-1b \
-	    --compile-tensors 1 --no-first-steps --minutes 1.7 || failed=1; \
-	if [ -n "$$OUT" ]; then mkdir -p "$$OUT" && cp -r build/bench/. "$$OUT"; fi; \
+	timeout 150 $(PYTHON) -m pytest -q --tb=short -m gpu $(XDIST) > build/bench/gpu-tests.txt 2>&1 \
+	    || failed=1; tail -n 40 build/bench/gpu-tests.txt; $(SAVE); \
+	timeout 120 $(GPU_BENCH) step --device cuda --shapes 2000x32x32 gpt2 1x1000 resnet50 llama-1b \
+	    --compile-tensors 1 --no-first-steps --minutes 1.6 || failed=1; $(SAVE); \
+	timeout 60 $(GPU_BENCH) scaling --device cuda --tensors 10 1000 5000 --sizes 1e5 1e7 1e9 \
+	    --rows "clip + fused,multi_tensor,limit" --no-first-steps --minutes 0.8 \
+	    || failed=1; $(SAVE); \
+	timeout 60 $(GPU_BENCH) train --device cuda \
+	    --rows torch "torch, fused" compileclip "compileclip, eager" || failed=1; $(SAVE); \
+	timeout 75 $(GPU_BENCH) scaling --device cuda --name compilation --tensors 10 30 --sizes \
+	    --rows "clip + fused,one graph,multi_tensor,limit" --minutes 0.9 || failed=1; $(SAVE); \
 	exit $$failed
 
 # Made anew when what it installs changes; afterwards no target needs a network.

@@ -39,8 +39,10 @@ class Move:
     def __init__(self, device: torch.device, source_bytes: int, target_bytes: int) -> None:
         moved = min(1.0, MOST / (source_bytes + target_bytes))
         self.scale = 1 / moved
+        words: dict[str, Any] = {"dtype": torch.int32, "device": device}
         self.source, self.target = (
-            torch.zeros(_blocks(moved * size) * BLOCK, dtype=torch.int32, device=device)
+            # Zeros may be moved faster than what a step moves.
+            torch.randint(-(2**31), 2**31, (_blocks(moved * size) * BLOCK,), **words)
             for size in (source_bytes, target_bytes)
         )
         self._out = torch.empty(len(self.source) // BLOCK, dtype=torch.int32, device=device)

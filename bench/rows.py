@@ -46,7 +46,7 @@ ROWS = (
         "compileclip, inductor", lambda work: Ours(work, "inductor"), compiles=True, per_tensor=True
     ),
     Row(OURS, lambda work: Ours(work, "multi_tensor"), compiles=True),
-    Row("optax, jax.jit", Optax, compiles=True),
+    Row("optax, jax.jit", Optax, compiles=True, per_tensor=True),
     Row(LIMIT, Limit),
 )
 NAMES = tuple(row.name for row in ROWS)

@@ -68,9 +68,12 @@ def compiled_update(model: nn.Module, recipe: Recipe) -> Update:
 
 
 def compileclip_update(
-    model: nn.Module, recipe: Recipe, mode: str = "auto", **options: Any
+    model: nn.Module, recipe: Recipe, mode: str = "multi_tensor", **options: Any
 ) -> Update:
-    """A wrapped ``AdamW``, whose step clips; ``options`` are passed to ``AdamW``."""
+    """A wrapped ``AdamW``, whose step clips; ``options`` are passed to ``AdamW``.
+
+    On a CPU the mode is that of ``"auto"``, on a GPU it has to be asked for.
+    """
     adamw = AdamW(_groups(model), lr=recipe.lr, betas=BETAS, **options)
     optimizer = compileclip.wrap(adamw, recipe.max_norm, mode=mode)
 

@@ -136,10 +136,12 @@ class Bucket:
         for name in self.counts:
             first, count = self.states[0][name], len(self.states)
             place = self.params[0].device if self.stays else first.device
-            buffer = (first if count == 1 else first.expand(count).clone()).to(place)
-            if buffer is not first:
-                views = [buffer] if count == 1 else buffer.unbind()
-                for state, view in zip(self.states, views, strict=True):
+            if first.device == place and _lie_in_a_row([state[name] for state in self.states]):
+                # Left where they are: a captured step may count there.
+                buffer = first if count == 1 else first.as_strided((count,), (1,))
+            else:
+                buffer = first.expand(count).clone().to(place)
+                for state, view in zip(self.states, buffer.unbind(), strict=True):
                     state[name] = view
             self.counts[name] = buffer
             if self.stays:
@@ -147,6 +149,16 @@ class Bucket:
             elif buffer.device.type != "cpu":
                 self._on_host[name] = first.cpu()
         self._versions = [(buffer, buffer._version) for buffer in self.counts.values()]
+
+
+def _lie_in_a_row(tensors: Sequence[Tensor]) -> bool:
+    """Whether 0-dim tensors are views of one buffer, one after the other."""
+    first = tensors[0]
+    start, size, storage = first.data_ptr(), first.element_size(), first.untyped_storage()._cdata
+    return all(
+        t.data_ptr() == start + i * size and t.untyped_storage()._cdata == storage
+        for i, t in enumerate(tensors)
+    )
 
 
 def sort(
@@ -222,6 +234,8 @@ def _kind(p: Tensor, state: dict[str, Any], group: int, known: Mapping[int, floa
         elif not isinstance(value, Tensor) or name in dtypes:
             raise NotServedError(f"the state {name!r} is a {type(value).__name__}")
         elif value.dim() == 0 and value.device in (torch.device("cpu"), p.device):
+            if value.device.type == "cpu" and value.is_shared():
+                raise NotServedError(f"the state {name!r} lies in memory that processes share")
             counts[name] = value
         elif value.shape == p.shape and value.stride() == p.stride() and value.dtype in DTYPES:
             if value.device != p.device or type(value) is not Tensor:

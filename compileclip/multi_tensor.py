@@ -50,6 +50,7 @@ class MultiTensorStep:
         self._max_norm = torch.zeros((), dtype=torch.float64, device="cpu")
         self._filled: float | None = None  # what is in it
         self._insert: InsertNormAndScale | None = None
+        self._captured: list[object] = []  # what CUDA graphs read at each replay
         self._for_now: str | None = None  # why the last step was not served, though others may be
 
     @property
@@ -262,6 +263,8 @@ class MultiTensorStep:
         if not stepped:
             self._restore(saved)
             return False
+        if self._target.is_capturing():
+            self._captured.append((self._plan, self._works, self._max_norm))
         # Last in the norm, first in the update: what was read last is still in the cache.
         for work, kernel, found in reversed(list(zip(self._works, kernels, scalars, strict=True))):
             args = (kernel, work.resident, work.extent, found, {**read, **work.values})

@@ -36,6 +36,7 @@ class Plan:
         sizes: the elements of each served parameter.
         first_chunk: the number of chunks before each, and in all.
         dtypes: of the gradients.
+        words: what a target keeps here for its norm, or None.
 
     Raises:
         UnsupportedError: as ``Table``.
@@ -64,6 +65,7 @@ class Plan:
         self.dtypes = {p.grad.dtype for p in served if p.grad is not None}
         place = {p: i for i, p in enumerate(served)}
         self.tables = [Table(b, [place[p] for p in b.params], self.grads) for b in buckets]
+        self.words: Tensor | None = None
         self._surroundings = Surroundings(optimizer, without)
 
     def gather(self) -> list[Copied]:

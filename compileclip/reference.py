@@ -26,6 +26,8 @@ from compileclip.lowering.plain import runs_for_real
 # Where a norm is accumulated in a wider dtype than the gradient's, a CPU kernel first casts a copy.
 # Pieces of this many elements keep that copy small, and in the cache.
 _PIECE = 1 << 16
+# So many elements at a time are multiplied in a float32 copy.
+_WIDENED = 1 << 24
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -128,6 +130,9 @@ def scale_(tensors: Sequence[Tensor], scale: Tensor, foreach: bool | None = None
         factor = scale.to(device)
         if dtype in HALF:
             factor = factor.to(torch.float32)
+            if dtype == torch.bfloat16 and device.type != "cpu":
+                _multiply_widened(group, factor)
+                continue
             unused = torch.zeros_like(factor)
             torch._amp_foreach_non_finite_check_and_unscale_(group, unused, factor)
         elif foreach:
@@ -135,6 +140,30 @@ def scale_(tensors: Sequence[Tensor], scale: Tensor, foreach: bool | None = None
         else:
             for t in group:
                 t.mul_(factor)
+
+
+def _multiply_widened(group: Sequence[Tensor], factor: Tensor) -> None:
+    """What torch's kernel for GradScaler does, which on a GPU does not take bfloat16."""
+    for piece in _in_pieces(group, _WIDENED):
+        wide = [torch.empty_like(t, dtype=torch.float32) for t in piece]
+        torch._foreach_copy_(wide, piece)
+        torch._foreach_mul_(wide, factor)
+        torch._foreach_copy_(piece, wide)
+
+
+def _in_pieces(group: Sequence[Tensor], most: int) -> Iterator[list[Tensor]]:
+    """Views of ``group``, ``most`` elements at a time, or one tensor with gaps that has more."""
+    piece: list[Tensor] = []
+    left = most
+    for t in group:
+        for part in t.view(-1).split(most) if t.is_contiguous() else [t]:
+            if piece and part.numel() > left:
+                yield piece
+                piece, left = [], most
+            piece.append(part)
+            left -= part.numel()
+    if piece:
+        yield piece
 
 
 def takes_foreach(tensors: Sequence[Tensor], foreach: bool | None) -> bool:

@@ -20,6 +20,7 @@ from compileclip.eager import is_torchs_own
 from compileclip.traced import raw_step
 
 SHAPES = ((2, 3), (5,))  # a step is the same for both, or refused
+_WARNED = "_warned_capturable_if_run_uncaptured"
 HYPERPARAMETER = "group."  # before the name of one that is an operand
 
 
@@ -162,6 +163,8 @@ class Shadow:
         }
         state = {**tiny, **others}
         attributes = {**vars(self.optimizer), **self._bound, **_copied(in_optimizer)}
+        # Of torch's own: pickled optimizers lack it, and on a GPU the step would set it.
+        attributes.setdefault(_WARNED, True)
         attributes["param_groups"] = [dict(given)]
         attributes["state"] = defaultdict(dict, {param: state} if state else {})
         self._stepping.__dict__ = dict(attributes)

@@ -31,7 +31,8 @@ from compileclip.lowering import targets
 SHAPES = [(3, 4), (5,), (3, 400), (1,)]
 NAMES = ["Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adamax", "Adadelta", "ASGD", "Rprop"]
 MODULES = [f"torch.optim.{name.lower()}" for name in NAMES]
-# In the interpreter, without fused multiply-adds, of values up to about 4; observed: 2.4e-7.
+# In the interpreter, without fused multiply-adds, of values up to about 4; observed: 2.4e-7. On a
+# GPU, where step counts stay there and their powers are another libdevice's; not observed yet.
 CLOSE = 1e-6
 
 
@@ -102,7 +103,8 @@ def twins(make: Callable[[Any], Optimizer], device: str, **options: Any) -> tupl
 
 
 def check(ours: Any, theirs: Any, least: float = 0.0) -> None:
-    close = max(least, 0.0 if ours.total_norm.is_cuda else CLOSE)
+    stays = any(isinstance(v, Tensor) and v.is_cuda and v.dim() == 0 for _, v in flat_state(ours))
+    close = max(least, 0.0 if ours.total_norm.is_cuda and not stays else CLOSE)
     norms = (ours.total_norm, theirs.total_norm)
     torch.testing.assert_close(*norms, rtol=1.2e-7, atol=0, equal_nan=True)
     pairs = list(zip(all_params(ours), all_params(theirs), strict=True))

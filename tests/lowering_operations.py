@@ -21,6 +21,8 @@ CASES: dict[str, Build] = {
     "rsqrt": lambda x, y, z, s: aten.rsqrt.default(x),
     "sign": lambda x, y, z, s: aten.sign.default(x),
     "pow 2": lambda x, y, z, s: aten.pow.Tensor_Scalar(x, 2),
+    "pow 3": lambda x, y, z, s: aten.pow.Tensor_Scalar(x, 3),
+    "pow -2": lambda x, y, z, s: aten.pow.Tensor_Scalar(x, -2),
     "pow 0.5": lambda x, y, z, s: aten.pow.Tensor_Scalar(x, 0.5),
     "pow -1": lambda x, y, z, s: aten.pow.Tensor_Scalar(x, -1.0),
     "add": lambda x, y, z, s: aten.add.Tensor(x, y),

@@ -5,6 +5,7 @@ On a GPU, or in Triton's interpreter on the CPU.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -171,6 +172,24 @@ def test_many_tensors(device: str) -> None:
         steps = torch.stack([opt.state[p]["step"] for p in params])
         assert torch.equal(steps.cpu(), torch.full((count,), step + 1.0))
     assert all(torch.equal(p, params[0]) for p in params)
+
+
+def test_a_copy_of_the_optimizer(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lacks the mark by which torch, on a GPU, warns once that nothing is captured."""
+
+    def warns(opt: Optimizer) -> None:
+        if not getattr(opt, "_warned_capturable_if_run_uncaptured", False):
+            opt._warned_capturable_if_run_uncaptured = True
+
+    monkeypatch.setattr(Optimizer, "_cuda_graph_capture_health_check", warns)
+    ours, theirs = twins(maker("AdamW", capturable=True), device)
+    ours = copy.deepcopy(ours)
+    for seed in range(3):
+        give((ours, theirs), seed)
+        with no_fallback():
+            ours.step()
+        theirs.step()
+        check(ours, theirs)
 
 
 @pytest.mark.parametrize("write_grads", [None, True])

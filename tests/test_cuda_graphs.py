@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -39,6 +40,33 @@ def test_what_is_captured_reads_nothing_of_the_host(
         ours.step()
     theirs.step()
     check(ours, theirs)
+
+
+def test_what_a_graph_reads_outlives_another_plan(device: str) -> None:
+    """And step counts stay where they are as long as they are the same for all."""
+    ours, theirs = twins(maker("AdamW", capturable=True), device)
+    for seed in range(2):
+        give((ours, theirs), seed)
+        ours.step()
+    kernels = ours._modes.kernels
+    give((ours, theirs), 2)
+    with no_fallback(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(targets.Gpu, "is_capturing", lambda _: True)
+        ours.step()
+    (work,) = kernels._works
+    bucket, words = work.bucket, kernels._plan.words
+    read = [work.resident, *work.extent.values(), *bucket.counts.values(), *bucket.seen.values()]
+    alive = [weakref.ref(t) for t in (*read, words)]
+    counts = [state["step"].data_ptr() for state in ours.state.values()]
+    del work, bucket, words, read
+    ours.state[all_params(ours)[0]]["step"].add_(0)  # somebody wrote there
+    give((ours, theirs), 3)
+    ours.step()
+    assert [state["step"].data_ptr() for state in ours.state.values()] == counts
+    all_params(ours)[1].grad = None
+    ours.step()
+    assert len(kernels._works) == 1
+    assert all(ref() is not None for ref in alive)
 
 
 @pytest.mark.parametrize(

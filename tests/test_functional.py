@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import utils
 
 import compileclip
+from compileclip import reference
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
 
@@ -59,6 +60,23 @@ def test_half_precision_has_a_float32_norm_and_scale(dtype: torch.dtype) -> None
     assert same(norm, torch.tensor(900.0))
     expected = (torch.full((300, 300), 3.0) * (1.0 / (norm + 1e-6))).to(dtype)
     assert_same([param.grad], [expected], "gradient scaled in float32")
+
+
+def test_bfloat16_where_torch_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: as by torch's kernel on a CPU, in pieces, over whatever layout."""
+    monkeypatch.setattr(reference, "_WIDENED", 100)
+    base = torch.randn(3000).to(torch.bfloat16)
+    tensors = [base[:1], base[1:1], base[2:252], base[252:352].view(5, 20).t(), base[400:1000:3]]
+    tensors += [base[1000 + 30 * i : 1030 + 30 * i] for i in range(9)]
+    theirs, factor = base.clone(), torch.tensor(1 / 3)
+    pairs = [t.as_strided(t.shape, t.stride(), t.storage_offset()) for t in tensors]
+    copies = [theirs.as_strided(t.shape, t.stride(), t.storage_offset()) for t in pairs]
+    pieces = list(reference._in_pieces(tensors, 100))
+    assert max(sum(t.numel() for t in piece) for piece in pieces if len(piece) > 1) <= 100
+    assert sum(t.numel() for piece in pieces for t in piece) == sum(t.numel() for t in tensors)
+    reference._multiply_widened(tensors, factor)
+    torch._amp_foreach_non_finite_check_and_unscale_(copies, torch.zeros(()), factor)
+    assert same(base, theirs)
 
 
 def test_no_finite_gradient_overflows_and_none_vanishes() -> None:

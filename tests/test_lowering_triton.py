@@ -34,6 +34,9 @@ aten = torch.ops.aten
 DTYPES = (torch.float32, torch.float64)
 # Against eager on the CPU, of the larger of result and operands; observed: 2.0e-7 and 3.6e-16.
 CLOSE = {torch.float32: 3e-7, torch.float64: 6e-16}
+# Of libdevice's functions on a GPU, where torch has those of its CUDA version: units in the last
+# place for float32 and float64, one of the half types. Not observed yet.
+LAST_PLACES = {torch.float32: 4, torch.float64: 4, torch.bfloat16: 1, torch.float16: 1}
 APPROXIMATE = r"\b(?:div|sqrt|rcp)\.(?:full|approx)|\.ftz"  # rsqrt is, in ATen too
 compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
@@ -66,9 +69,10 @@ def ptx(made: Program) -> str:
     return compile_ptx(step, *arguments, BLOCK=BLOCK, **OPTIONS)
 
 
-def check(actual: Tensor, expected: Tensor) -> None:
+def check(actual: Tensor, expected: Tensor, last_places: int = 0) -> None:
     """Bit for bit on a GPU; in the interpreter, values up to about 1 within a tolerance."""
-    close = 0.0 if actual.is_cuda else CLOSE[actual.dtype]
+    eps = torch.finfo(actual.dtype).eps
+    close = last_places * eps if actual.is_cuda else CLOSE[actual.dtype]
     torch.testing.assert_close(actual, expected, rtol=close, atol=close, equal_nan=True)
 
 
@@ -96,7 +100,7 @@ def results(name: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor,
 @pytest.mark.parametrize("name", [*CASES, *LIBRARY])
 def test_each_operation_rounds_as_aten_does(name: str, dtype: torch.dtype) -> None:
     actual, expected, _ = results(name, dtype, "cuda")
-    check(actual, expected)
+    check(actual, expected, LAST_PLACES[dtype] if name in LIBRARY else 0)
     assert torch.equal(actual.signbit() | actual.isnan(), expected.signbit() | expected.isnan())
 
 

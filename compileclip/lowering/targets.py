@@ -151,8 +151,6 @@ class Gpu:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._takes_norm = True
-        self._plan: Plan | None = None  # of which the counts are known
-        self._words: Tensor | None = None
 
     def is_capturing(self) -> bool:
         """See ``Target``."""
@@ -232,11 +230,10 @@ class Gpu:
 
     def _pairs(self, plan: Plan) -> Tensor:
         """The counts of the buckets that stay here, and where they are ``seen``."""
-        if plan is not self._plan:
+        if plan.words is None:
             from compileclip.lowering.triton_norm import words_of
 
             buckets = [table.bucket for table in plan.tables]
             pairs = [(b.counts[name], seen) for b in buckets for name, seen in b.seen.items()]
-            self._plan, self._words = plan, words_of(pairs, self.device)
-        assert self._words is not None
-        return self._words
+            plan.words = words_of(pairs, self.device)
+        return plan.words

@@ -14,8 +14,10 @@ within one functor are contracted, division and square root are IEEE's, subnorma
 * ``addcmul``: ``fma(value, b * c, a)``, and ``fma(b, c, a)`` where value is 1
 * ``addcdiv``: ``fma(value, b / c, a)``
 * ``div`` by a scalar of the host: a product with its reciprocal, rounded in between
-* ``pow``: products for 2, 3 and -2, ``sqrt``, ``rsqrt`` and ``reciprocal`` for 0.5, -0.5 and -1,
-  otherwise libdevice's, as for ``exp`` and ``log``
+* ``pow``: products for 2, 3 and -2, ``sqrt``, ``rsqrt`` and ``reciprocal`` for 0.5, -0.5 and -1
+* otherwise ``pow``, ``exp`` and ``log`` are those of the libdevice that Triton brings, without its
+  contractions. torch's are of its CUDA version: the last bits of a ``pow`` may differ, and so those
+  of ``beta ** step`` where step counts stay on the device
 * float16 and bfloat16: each operation in float32, rounded once; their scalars are float32
 
 Not yet compared with a GPU: ``tests/test_lowering_triton.py`` does it where there is one.
@@ -42,7 +44,7 @@ from compileclip.lowering.native import cache_folder
 from compileclip.lowering.triton_ops import statements, to_dtype, triton_type, variable
 from compileclip.program import Program, dtype_of
 
-ARGUMENTS = 32  # addresses that one launch stores
+ARGUMENTS = 256  # addresses that one launch stores
 BLOCK = 1024  # elements per Triton program: 8 per thread, two 16-byte loads of float32 in flight
 # Contraction is written out where ATen has it, and libdevice keeps subnormals as nvcc's code does.
 # As many registers as there are: left to itself, ptxas now and then spills one to have 64.
@@ -226,7 +228,8 @@ def _once(program: Program, counts: list[str]) -> list[str]:
     if counts:
         # Each Triton program stores some of each list.
         lines += [
-            "for first in range(tl.program_id(0) * BLOCK, tensors, tl.num_programs(0) * BLOCK):",
+            "width = tl.num_programs(0).to(tl.int64) * BLOCK",  # 2**31 elements are 2**21 programs
+            "for first in range(tl.program_id(0).to(tl.int64) * BLOCK, tensors, width):",
             "    which = first + tl.arange(0, BLOCK)",
         ]
         for name, node in zip(counts, program.counts, strict=True):

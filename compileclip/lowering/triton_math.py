@@ -57,14 +57,17 @@ def addcmul(x: tl.tensor, y: tl.tensor, z: tl.tensor, value: tl.tensor) -> tl.te
 
 
 @jit
-def power(x: tl.tensor, exponent: tl.tensor) -> tl.tensor:
-    """A power; ATen branches on the exponent too, which is one for all elements."""
+def power(x: tl.tensor, exponent: tl.tensor, NARROW: tl.constexpr) -> tl.tensor:  # noqa: N803
+    """A power; ATen branches on the exponent too, which is one for all elements.
+
+    A square is rounded to NARROW, the dtype of what is computed in that of x.
+    """
     if exponent == 2.0:
         result = x * x
     elif exponent == 3.0:
-        result = x * x * x
+        result = (x * x).to(NARROW).to(x.dtype) * x
     elif exponent == -2.0:
-        result = reciprocal(x * x)
+        result = reciprocal((x * x).to(NARROW).to(x.dtype))
     elif exponent == 0.5:
         result = square_root(x)
     elif exponent == -0.5:

@@ -96,6 +96,8 @@ class List:
 def words_of(pairs: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> Tensor:
     """The addresses of the first element of one tensor and of another, word by word of 4 bytes.
 
+    An element of 2 bytes comes with the 2 after it, of which an allocator of GPU memory has more.
+
     Returns:
         int64 ``[words, 2]`` on ``device``.
     """

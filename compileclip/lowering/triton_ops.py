@@ -99,6 +99,8 @@ def _expression(node: Node) -> str:
 
 
 def _rule(node: Node) -> Rule:
+    if node.target is ATEN.pow.Tensor_Scalar:
+        return _template(f"power({{}}, {{}}, {triton_type(_common_dtype(node))})", 2)
     divisor = node.args[1] if node.target in (ATEN.div.Tensor, ATEN.div.Scalar) else None
     if isinstance(divisor, Node) and not isinstance(divisor.meta["val"], float):
         return _div
@@ -193,7 +195,7 @@ OPERATIONS: dict[Any, Rule] = {
     ATEN.exp.default: _template("libdevice.exp({})", 1),
     ATEN.log.default: _template("libdevice.log({})", 1),
     ATEN.sign.default: _template("sign({})", 1),
-    ATEN.pow.Tensor_Scalar: _template("power({}, {})", 2),
+    ATEN.pow.Tensor_Scalar: _template("power({}, {}, {})", 3),  # with the dtype, see _rule
     ATEN.pow.Scalar: _template("libdevice.pow({}, {})", 2),
     ATEN.pow.Tensor_Tensor: _template("libdevice.pow({}, {})", 2),
     ATEN.add.Tensor: _add,
