@@ -1,29 +1,19 @@
-"""Sort parameters into buckets: those that one program serves with the same scalars."""
+"""Buckets: parameters that one program serves with the same scalars."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-
-from compileclip.lowering.plain import is_dense
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class StaleError(Exception):
     """Parameters, gradients or state are no longer what a bucket was made of."""
-
-
-class NotServedError(ValueError):
-    """A parameter cannot be in a bucket; the message says why."""
 
 
 @dataclass
@@ -59,6 +49,8 @@ class Bucket:
         self.values: dict[str, Any] = {
             k: v.item() if isinstance(v, Tensor) else v for k, v in self.leader.items()
         }
+        self._entries = len(self.states[0])
+        self._share_numbers()
 
     def extended(self, made: Mapping[str, Any]) -> Bucket:
         """This bucket with state that a step has made, allocated for each parameter.
@@ -106,13 +98,21 @@ class Bucket:
                 buffer.fill_(value)
         for name in self.numbers:
             self.values[name] = state[name]
-            for other in self.states:
-                other[name] = state[name]
+        self._share_numbers()
         self._versions = [(buffer, buffer._version) for buffer in self.counts.values()]
 
-    def counts_are_unchanged(self) -> bool:
-        """Whether nothing has written to the counts since the last step."""
-        return all(buffer._version == version for buffer, version in self._versions)
+    def is_unchanged(self) -> bool:
+        """Whether nobody has written to counts and numbers since the last step."""
+        counts = all(buffer._version == version for buffer, version in self._versions)
+        return counts and (not self.numbers or self._has_numbers())
+
+    def _has_numbers(self) -> bool:
+        """Whether each parameter has the same objects as numbers, and no further state."""
+        given = [(name, self.values[name]) for name in self.numbers]
+        return all(
+            len(state) == self._entries and all(state.get(name) is value for name, value in given)
+            for state in self.states
+        )
 
     @property
     def known(self) -> set[str]:
@@ -130,6 +130,11 @@ class Bucket:
         """Take what counts that stay are now as ``seen``; nothing waits."""
         for name, seen in self.seen.items():
             seen.copy_(self.counts[name].view(-1)[0])
+
+    def _share_numbers(self) -> None:
+        for name in self.numbers:
+            for state in self.states:
+                state[name] = self.values[name]
 
     def _share_counts(self) -> None:
         """Make the 0-dim tensors of each name views of one buffer, which one call fills."""
@@ -159,113 +164,3 @@ def _lie_in_a_row(tensors: Sequence[Tensor]) -> bool:
         t.data_ptr() == start + i * size and t.untyped_storage()._cdata == storage
         for i, t in enumerate(tensors)
     )
-
-
-def sort(
-    optimizer: Optimizer, params: Sequence[Tensor], stays: Collection[int] = ()
-) -> tuple[list[Bucket], list[tuple[Tensor, str]]]:
-    """Sort ``params``, which have gradients, into buckets.
-
-    Args:
-        optimizer: whose parameters they are.
-        params: the parameters.
-        stays: the parameter groups whose step counts are to stay on the device.
-
-    Returns:
-        The buckets, and each parameter that is in none with the reason.
-    """
-    group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    found: list[Bucket] = []
-    refused: list[tuple[Tensor, str]] = []
-    values = _counts(params, optimizer)
-    members: dict[Any, list[Tensor]] = {}
-    kinds: dict[Any, tuple[dict[str, torch.dtype], dict[str, Any], tuple[str, ...]]] = {}
-    for p in params:
-        try:
-            key, kind = _kind(p, optimizer.state.get(p, {}), group_of[p], values)
-        except NotServedError as reason:
-            refused.append((p, str(reason)))
-            continue
-        members.setdefault(key, []).append(p)
-        kinds[key] = kind
-    if members and _overlap(params, optimizer):
-        return [], [(p, "parameters or their state share memory") for p in params]
-    for key, tensors in members.items():
-        dtypes, counts, numbers = kinds[key]
-        states = [optimizer.state[p] for p in tensors]
-        on_device = key[0] in stays
-        found.append(Bucket(key[0], tensors, states, dtypes, dict(counts), numbers, on_device))
-    return found, refused
-
-
-def _counts(params: Sequence[Tensor], optimizer: Optimizer) -> dict[int, float]:
-    """The values of 0-dim state by its identity; a device is waited for once."""
-    tensors = [
-        v
-        for p in params
-        for v in optimizer.state.get(p, {}).values()
-        if isinstance(v, Tensor) and v.dim() == 0
-    ]
-    found: dict[int, float] = {}
-    for place in {(t.device, t.dtype) for t in tensors}:
-        alike = [t for t in tensors if (t.device, t.dtype) == place]
-        found.update(zip(map(id, alike), torch.stack(alike).tolist(), strict=True))
-    return found
-
-
-def _kind(p: Tensor, state: dict[str, Any], group: int, known: Mapping[int, float]) -> Any:
-    """A key that all parameters of a bucket share, and what a bucket is made of."""
-    if type(p) not in (Tensor, torch.nn.Parameter):
-        raise NotServedError(f"a parameter is a {type(p).__name__}")
-    if p.dim() == 0:
-        raise NotServedError("a parameter is 0-dim")
-    grad = p.grad
-    assert grad is not None
-    if grad.layout != torch.strided or type(grad) is not Tensor:
-        raise NotServedError("a gradient is sparse or no plain tensor")
-    if p.dtype not in DTYPES or grad.dtype not in DTYPES or not is_dense(p):
-        raise NotServedError(f"a parameter is {p.dtype}, or not dense in memory")
-    dtypes = {"param": p.dtype, "grad": grad.dtype}
-    counts: dict[str, Any] = {}
-    numbers: list[tuple[str, Any]] = []
-    for name, value in state.items():
-        if isinstance(value, bool | int | float | None):
-            numbers.append((name, value))
-        elif not isinstance(value, Tensor) or name in dtypes:
-            raise NotServedError(f"the state {name!r} is a {type(value).__name__}")
-        elif value.dim() == 0 and value.device in (torch.device("cpu"), p.device):
-            if value.device.type == "cpu" and value.is_shared():
-                raise NotServedError(f"the state {name!r} lies in memory that processes share")
-            counts[name] = value
-        elif value.shape == p.shape and value.stride() == p.stride() and value.dtype in DTYPES:
-            if value.device != p.device or type(value) is not Tensor:
-                raise NotServedError(f"the state {name!r} lies elsewhere")
-            dtypes[name] = value.dtype
-        else:
-            raise NotServedError(f"the state {name!r} is not shaped as its parameter")
-    values = tuple((name, v.dtype, v.device, known[id(v)]) for name, v in counts.items())
-    key = (group, tuple(dtypes.items()), values, tuple(numbers))
-    return key, (dtypes, counts, tuple(name for name, _ in numbers))
-
-
-def _overlap(params: Sequence[Tensor], optimizer: Optimizer) -> bool:
-    """Whether two tensors that a step writes, in a bucket or not, share memory."""
-    states = (
-        v
-        for p in params
-        for v in optimizer.state.get(p, {}).values()
-        if isinstance(v, Tensor) and v.dim() > 0
-    )
-    spans = sorted(filter(None, map(_span, chain(params, states))))
-    return any(end > start for (_, end), (start, _) in pairwise(spans))
-
-
-def _span(tensor: Tensor) -> tuple[int, int] | None:
-    """From where to where a tensor's elements lie; None if it has no memory of its own."""
-    if tensor.layout != torch.strided or type(tensor) not in (Tensor, torch.nn.Parameter):
-        return None
-    start, size = tensor.data_ptr(), tensor.element_size()
-    if tensor.is_contiguous() or not tensor.numel():
-        return start, start + tensor.numel() * size
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + (last + 1) * size

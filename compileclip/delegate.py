@@ -27,6 +27,7 @@ class Delegate(Optimizer):
     """
 
     optimizer: Optimizer
+    _stand_in: Any
 
     def _delegate_to(self, optimizer: Optimizer) -> None:
         """Share the hooks of ``optimizer``, and all that is read through it."""
@@ -68,7 +69,10 @@ class Delegate(Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The wrapped optimizer's parameter groups."""
-        return self.optimizer.param_groups
+        # Dynamo does more than that as it reads those of an optimizer.
+        owner = self._stand_in.live if torch.compiler.is_compiling() else self.optimizer
+        groups: list[dict[str, Any]] = owner.param_groups
+        return groups
 
     @param_groups.setter
     def param_groups(self, value: list[dict[str, Any]]) -> None:

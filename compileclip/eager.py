@@ -128,7 +128,9 @@ def takes_grad_scale(optimizer: Optimizer) -> bool:
 
 def is_torchs_own(optimizer: Optimizer) -> bool:
     """Whether the step is torch's, and so known to treat each parameter by itself."""
-    return type(optimizer).step.__module__.startswith("torch.optim.")
+    functions = (getattr(type(optimizer), name, None) for name in ("step", "_init_group"))
+    modules = (getattr(f, "__module__", None) for f in functions if f is not None)
+    return all(str(module).startswith("torch.optim.") for module in modules)
 
 
 def may_step(optimizer: Optimizer, settings: ClipSettings, grads: Gradients, norm: Tensor) -> bool:

@@ -8,13 +8,14 @@ to come out as it did.
 from __future__ import annotations
 
 import ctypes
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.fx import Graph, Node, Proxy
 
 from compileclip.capture import ChangedError
 from compileclip.rehearsal import Rehearsal
@@ -144,7 +145,8 @@ class _Tracer(fx.proxy.TracerBase):
         counts = {name: value.item() for name, value in others.items()}
         whole = [self._given(name, value) for name, value in (("group", group), ("counts", counts))]
         self._decisions: list[tuple[Node, bool]] = []
-        self.group = {name: self._part(whole[0], name, value) for name, value in group.items()}
+        numbers = {name: value for name, value in group.items() if name != "params"}
+        self.group = {name: self._part(whole[0], name, value) for name, value in numbers.items()}
         self.counts = {k: _Count(self._item(whole[1], k), v) for k, v in others.items()}
 
     def _given(self, name: str, value: Any) -> Proxy:
@@ -191,5 +193,17 @@ class _Tracer(fx.proxy.TracerBase):
         self.graph.output((self.create_arg(tuple(scalars)), decisions, counts))
         self.graph.eliminate_dead_code()
         self.graph.lint()
-        module = GraphModule(torch.nn.Module(), self.graph)
-        return module.forward, tuple(found for _, found in self._decisions)
+        code = self.graph.python_code("self")
+        for node in self.graph.nodes:  # in a cycle, which is not to keep the parameters
+            node.meta.clear()
+        names = tuple(sorted(code.globals))
+        compute = _compiled(code.src, names, tuple(code.globals[name] for name in names))
+        return compute, tuple(found for _, found in self._decisions)
+
+
+@functools.lru_cache(maxsize=128)
+def _compiled(source: str, names: tuple[str, ...], values: tuple[Any, ...]) -> Callable[..., Any]:
+    """The function of a graph's code; a module of each graph would stay in a cache of torch's."""
+    found: dict[str, Any] = dict(zip(names, values, strict=True))
+    exec(source, found)  # as fx.GraphModule does
+    return functools.partial(found["forward"], None)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compileclip import eager, shadow, traced
+from compileclip import eager, foreign, traced
 from compileclip.assemble import Kind
 from compileclip.buckets import StaleError
 from compileclip.eager import Scaler
@@ -23,11 +23,13 @@ from compileclip.kernels import Kernels
 from compileclip.lowering import UnsupportedError, targets
 from compileclip.lowering.native import CompilerError
 from compileclip.passes.insert_norm_and_scale import InsertNormAndScale
+from compileclip.patience import Patience
 from compileclip.plan import Copied, Plan, staying
+from compileclip.serving import MOST_LOOKS, others_refused, why_not_captured, why_not_planned
 from compileclip.settings import ClipSettings
 from compileclip.shadow import NotPointwiseError
 from compileclip.traced import CannotCompileError
-from compileclip.work import Work, extend, restore
+from compileclip.work import Work, extend, restore, scalars_of
 
 OTHER_MODES = 'take mode="inductor" or mode="eager"'
 
@@ -50,6 +52,10 @@ class MultiTensorStep:
         self._max_norm = torch.zeros((), dtype=torch.float64, device="cpu")
         self._filled: float | None = None  # what is in it
         self._insert: InsertNormAndScale | None = None
+        self._is_foreign = not eager.is_torchs_own(optimizer)
+        self._scalars = foreign.scalars if self._is_foreign else scalars_of
+        self._patience = Patience()
+        self._fresh: list[Tensor] = []  # whose state this step has made
         self._captured: list[object] = []  # what CUDA graphs read at each replay
         self._for_now: str | None = None  # why the last step was not served, though others may be
 
@@ -93,8 +99,7 @@ class MultiTensorStep:
         copies = self._gather()
         if copies is not None and settings.write_grads:
             assert self._plan is not None
-            addresses = [a for a in self._plan.grads if a]
-            if copies or len(set(addresses)) < len(addresses):
+            if copies or not self._plan.may_write_grads():
                 return None  # these cannot be written without a closer look
         return copies
 
@@ -125,51 +130,42 @@ class MultiTensorStep:
         if self.refusal is not None or self._for_now is not None:
             return None
         self._plan = None
-        self._for_now = self._why_not_now(settings, {p.device for p in params})
-        self._for_now = self._for_now or shadow.why_not(self._optimizer)
+        self._for_now = why_not_planned(self._optimizer, settings, params)
+        if self._for_now is None and settings.mode == "auto" and not self._patience.may_plan():
+            self._for_now = "gradients, parameters or state are others from step to step"
         if self._for_now is not None:
             return None
-        if settings.write_grads and len({id(p.grad) for p in params}) < len(params):
-            self._for_now = "two parameters have one gradient, which is to be written"
-            return None
+        self._fresh = [p for p in params if not self._optimizer.state.get(p)]
         traced.initialize_state(self._optimizer, with_grad=True, capturable=False)
         try:
-            self._set_target(params[0].device)
-            self._for_decisions = self._decides(settings, scaler)
-            stays = set() if self._target.waits else staying(self._optimizer, self._for_decisions)
-            self._plan = Plan(self._optimizer, params, stays)
-            self._works = [
-                Work(self._optimizer, table, self._target) for table in self._plan.tables
-            ]
-        except (UnsupportedError, CompilerError) as reason:
+            with others_refused():
+                self._make_plan(params, self._decides(settings, scaler))
+        except (NotPointwiseError, UnsupportedError, CompilerError) as reason:
+            self._forget_fresh()
             self._refuse(reason)
             return None
         return self._gather()
 
-    def _why_not_now(self, settings: ClipSettings, devices: set[torch.device]) -> str | None:
-        if devices == {torch.device("cpu")}:
-            return None
-        if len(devices) > 1:
-            return "parameters lie on several devices"
-        if settings.mode == "auto" or any(d.type != "cuda" for d in devices):
-            return "parameters lie on another device than the CPU"
-        if torch.cuda.is_current_stream_capturing():
-            return "a CUDA graph is being captured, before any step that was not"
-        return None
+    def _make_plan(self, params: Sequence[Tensor], decides: bool) -> None:
+        self._set_target(params[0].device)
+        self._for_decisions = decides
+        stays = set() if self._target.waits else staying(self._optimizer, decides)
+        self._plan = plan = Plan(self._optimizer, params, stays)
+        looks = len(plan.tables) * len(self._optimizer.param_groups)
+        if self._is_foreign and looks > MOST_LOOKS:
+            raise UnsupportedError(f"there are {len(self._optimizer.param_groups)} groups")
+        self._works = [Work(self._optimizer, table, self._target) for table in plan.tables]
+
+    def _forget_fresh(self) -> None:
+        """Take back the state that was made for a step that does not count."""
+        for p in self._fresh:
+            self._optimizer.state.pop(p, None)
+        if self._fresh:
+            self._plan = None
+        self._fresh = []
 
     def _why_not_captured(self, settings: ClipSettings) -> str | None:
-        """Why a step cannot become part of a CUDA graph."""
-        if self._plan is None:
-            return "a CUDA graph is being captured, before any step that was not"
-        if settings.nonfinite == "raise":
-            return 'a CUDA graph is being captured, in which nonfinite="raise" cannot be'
-        if self.refused:
-            return "a CUDA graph is being captured, and not all parameters are served"
-        if settings.max_norm not in (None, self._filled):
-            return "a CUDA graph is being captured, in which max_norm cannot be set"
-        if not all(work.decides for work in self._works):
-            return "a CUDA graph is being captured, which would repeat this step's count"
-        return None
+        return why_not_captured(settings, self._plan, self._works, self._filled)
 
     def _set_target(self, device: torch.device) -> None:
         if self._target.device != device:
@@ -244,24 +240,28 @@ class MultiTensorStep:
         """Step; False where the step does not count."""
         saved = [dict(work.bucket.values) for work in self._works]
         try:
-            scalars = [work.scalars(b) for work, b in zip(self._works, saved, strict=True)]
+            with others_refused():
+                scalars = self._scalars(self._optimizer, self._works, saved)
             kind = self._kind(settings, norm, scaler)
             decided = kind.finite or kind.found_inf  # by the kernels
             stepped = decided or eager.counts(settings, scaler.found_inf, norm)
             if stepped:
                 read = {"max_norm": self._max_norm, "norm": norm, **scaler.on(norm.device)}
-                kernels = [
-                    self._kernels.of(work, kind, found, before, read)
-                    for work, found, before in zip(self._works, scalars, saved, strict=True)
-                ]
+                with others_refused():
+                    kernels = [
+                        self._kernels.of(work, kind, found, before, read)
+                        for work, found, before in zip(self._works, scalars, saved, strict=True)
+                    ]
                 if any(work.made for work in self._works):
                     self._plan = None  # there will be more state
                     extend(self._works, self._target)
         except BaseException:
             self._restore(saved)
+            self._forget_fresh()
             raise
         if not stepped:
             self._restore(saved)
+            self._forget_fresh()
             return False
         if self._target.is_capturing():
             self._captured.append((self._plan, self._works, self._max_norm))
@@ -273,9 +273,14 @@ class MultiTensorStep:
         if kind.insert.write_grads:
             for each in copies:
                 each.grad.copy_(each.copy)
+        groups = self._optimizer.param_groups
+        for index, changes in self._works[0].elsewhere.items():
+            groups[index].update(changes)  # where a group has gradients, its own work knows better
         for work in self._works:
             work.bucket.advance(work.state)
-            self._optimizer.param_groups[work.bucket.group].update(work.changes)
+            groups[work.bucket.group].update(work.changes)
+        self._fresh = []
+        self._patience.note_step()
         return True
 
     def _restore(self, saved: Sequence[dict[str, Any]]) -> None:

@@ -17,9 +17,11 @@ from torch.optim import Optimizer
 
 from compileclip.delegate import Delegate
 from compileclip.eager import Scaler
+from compileclip.leaves import WITHOUT_GRADIENTS
 from compileclip.modes import Modes
 from compileclip.settings import ClipSettings
-from compileclip.traced import StandIn, stand_in, traced_step
+from compileclip.standing_in import StandIn, have_gradients, stand_in
+from compileclip.traced import leave_out, traced_step
 
 
 def wrap(
@@ -105,9 +107,10 @@ class ClippedOptimizer(Delegate):
                 finite and ``nonfinite="raise"``. Nothing was changed.
         """
         if torch.compiler.is_compiling():
-            reason = self._why_not_traced(closure)
+            have = have_gradients(self._stand_in)
+            reason = self._why_not_traced(closure, have)
             if reason is None:
-                norm = traced_step(self._stand_in, self._settings)
+                norm = traced_step(self._stand_in, self._settings, have)
                 self._stand_in.total_norm = norm  # torch 2.11 does not trace setters of optimizers
                 return None
             torch._dynamo.graph_break(msg=reason)
@@ -153,8 +156,13 @@ class ClippedOptimizer(Delegate):
     def _opt_called(self) -> bool:
         return self.total_norm is not None
 
-    def _why_not_traced(self, closure: object) -> str | None:
-        """Why a step cannot be part of a graph, or None if it can."""
+    def _why_not_traced(self, closure: object, have: tuple[bool, ...]) -> str | None:
+        """Why a step cannot be part of a graph, or None if it can.
+
+        Args:
+            closure: what the step was given.
+            have: which parameters have a gradient.
+        """
         if closure is not None:
             return "step was given a closure"
         if "found_inf" in self.__dict__:
@@ -163,9 +171,11 @@ class ClippedOptimizer(Delegate):
             return 'nonfinite="raise" decides on the host'
         if self._stand_in.holds_shards():
             return "a parameter is a DTensor"
-        if self.nonfinite == "skip" and not self._stand_in.can_undo():
+        if self.nonfinite == "skip" and not self._stand_in.can_undo(have):
             return 'nonfinite="skip" decides on the host here, as the step may make new state'
-        return None
+        if self._stand_in.lacks_gradients(have):
+            return WITHOUT_GRADIENTS  # or Dynamo has lost them: better asked than silent
+        return self._stand_in.why_not_backward()
 
     def _report(self, norm: Tensor) -> None:
         self.total_norm = norm
@@ -215,7 +225,7 @@ class ClippedOptimizer(Delegate):
         """Reset the gradients, as the wrapped optimizer does."""
         if torch.compiler.is_compiling() and set_to_none:
             self._stand_in.mend()
-            for group in self.optimizer.param_groups:
+            for group in self._stand_in.live.param_groups:
                 for p in group["params"]:
                     p.grad = None
         else:
@@ -239,6 +249,9 @@ class ClippedOptimizer(Delegate):
         self._stand_in = stand_in(self.optimizer)
         self.total_norm = state["total_norm"]
 
+
+# Where Dynamo cannot trace a step in its place, it does not try the code in here piece by piece.
+leave_out(ClippedOptimizer.step)
 
 # A scheduler replaces an optimizer's step by one that sets _opt_called, and that Dynamo does not
 # trace. This one says by itself whether it was called, so a scheduler may leave it in place.

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compileclip.buckets import StaleError, sort
+from compileclip.buckets import StaleError
 from compileclip.eager import is_torchs_own
 from compileclip.gather import Surroundings, Table
+from compileclip.kept import marks
 from compileclip.lowering.norm import first_chunks
+from compileclip.sorting import sort
 
 
 @dataclass
@@ -55,14 +57,18 @@ class Plan:
         """
         self.params = list(params)
         buckets, self.refused = sort(optimizer, params, stays)
-        if self.refused and not is_torchs_own(optimizer):
+        self._is_foreign = not is_torchs_own(optimizer)
+        if self.refused and self._is_foreign:
             buckets = []  # the step of another class must not be split
+        self._marks = marks(self.params) if self._is_foreign else []
         without = {p for p, _ in self.refused} if buckets else set(params)
         served = [p for p in params if p not in without]
         self.sizes = array("q", map(Tensor.numel, served))
         self.first_chunk = first_chunks(self.sizes)
         self.grads = array("Q", bytes(8 * len(served)))
         self.dtypes = {p.grad.dtype for p in served if p.grad is not None}
+        nbytes = [p.grad.nbytes for p in served if p.grad is not None]
+        self._nbytes = torch.tensor(nbytes, dtype=torch.int64, device="cpu")
         place = {p: i for i, p in enumerate(served)}
         self.tables = [Table(b, [place[p] for p in b.params], self.grads) for b in buckets]
         self.words: Tensor | None = None
@@ -79,13 +85,21 @@ class Plan:
         """
         if not self._surroundings.are_unchanged():
             raise StaleError
+        if self._is_foreign and marks(self.params) != self._marks:
+            raise StaleError
         copies = []
         for table in self.tables:
-            if not table.bucket.counts_are_unchanged():
+            if not table.bucket.is_unchanged():
                 raise StaleError
             if not table.gather():
                 copies += _in_layout(table)
         return copies
+
+    def may_write_grads(self) -> bool:
+        """Whether no two gradients share memory, where all are laid out as their parameters."""
+        starts = torch.frombuffer(self.grads, dtype=torch.int64)
+        order, ends = starts.argsort(), starts + self._nbytes
+        return bool((ends[order][:-1] <= starts[order][1:]).all())
 
 
 def staying(optimizer: Optimizer, decides: bool) -> set[int]:

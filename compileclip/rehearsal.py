@@ -9,6 +9,7 @@ rehearsal, and the step is replayed on the shadow's tensors instead.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -101,7 +102,8 @@ class Rehearsal:
     """Steps of a shadow that are expected to do what was recorded."""
 
     def __init__(self, shadow: Shadow, recording: Recording) -> None:
-        self._shadow = shadow
+        # Props are in a cycle, which is not to keep an optimizer until that is collected.
+        self._shadow = weakref.proxy(shadow)
         tensors: dict[int, Tensor] = {}
         for name, number in recording.before.items():
             tensors[number] = shadow.operands[name]
@@ -140,7 +142,8 @@ class Rehearsal:
             isinstance(v, Prop) and v is not self._after.get(k) for k, v in state.items()
         ):
             raise ChangedError
-        return self._scalars
+        found, self._scalars = self._scalars, []
+        return found
 
     def changes_nothing_but(self, others: Mapping[str, Any]) -> bool:
         """Whether the last run left group and state as they were, but for ``others`` in place."""

@@ -109,6 +109,8 @@ class _Copies:
         self.params: list[Tensor] = [torch.nn.Parameter(p.detach().clone()) for p in params]
         for mine, p in zip(self.params, params, strict=True):
             assert p.grad is not None
+            if p.grad.dtype != p.dtype:
+                mine.grad_dtype = p.grad.dtype
             mine.grad = torch.empty_like(p, dtype=p.grad.dtype).copy_(p.grad)
         self.states = [
             {k: copy(v) if not isinstance(v, Tensor) else v.clone() for k, v in given.items()}

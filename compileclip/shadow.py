@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import deepcopy
 from dataclasses import dataclass
-from enum import Enum
-from functools import cache, partial
-from types import BuiltinFunctionType, FunctionType
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from compileclip import kept
 from compileclip.eager import is_torchs_own
 from compileclip.traced import raw_step
 
@@ -30,45 +29,6 @@ class NotPointwiseError(ValueError):
 
 class StandIn:
     """What takes the place of a tensor in a step."""
-
-
-# What cannot change under a step's hands: a shadow may share it with the real optimizer.
-_FIXED = (
-    *(int, float, complex, str, bytes, type(None), type, Enum, torch.dtype, torch.device),
-    *(FunctionType, BuiltinFunctionType),
-)
-
-
-def why_not(optimizer: Optimizer) -> str | None:
-    """Why a shadow's step could change the real optimizer, or what it keeps could be missed."""
-    if is_torchs_own(optimizer):
-        return None
-    for name, value in vars(optimizer).items():
-        if name == "step":
-            continue  # its own, in the wrapper that a scheduler puts around it
-        if name not in _usual() and not (_is_fixed(value) or _is_data(value)):
-            return f"the optimizer keeps a {type(value).__name__} in its attribute {name!r}"
-    other = next((key for key in optimizer.state if not isinstance(key, Tensor)), None)
-    return None if other is None else f"the optimizer keeps {other!r} in its state"
-
-
-@cache
-def _usual() -> frozenset[str]:
-    """The attributes of every optimizer."""
-    return frozenset(vars(Optimizer([torch.nn.Parameter(torch.empty(0, device="cpu"))], {})))
-
-
-def _is_fixed(value: object) -> bool:
-    if isinstance(value, tuple | frozenset):
-        return all(map(_is_fixed, value))
-    return isinstance(value, _FIXED)
-
-
-def _is_data(value: object) -> bool:
-    """Whether it is a list, dictionary or set of what is fixed: copied, it can be compared."""
-    if isinstance(value, dict):
-        value = [*value, *value.values()]
-    return isinstance(value, list | set) and all(map(_is_fixed, value))
 
 
 @dataclass(frozen=True)
@@ -96,6 +56,8 @@ class Shadow:
         on_device: whether anything does.
         state: what the last step left as state.
         changes: what the last step changed in the parameter group.
+        elsewhere: what it changed in other groups, by their index. torch's own steps do not look
+            at these; another class finds them here, without parameters.
     """
 
     def __init__(
@@ -104,24 +66,39 @@ class Shadow:
         dtypes: Mapping[str, torch.dtype],
         shape: tuple[int, ...] = SHAPES[0],
         on_device: OnDevice | None = None,
+        index: int = 0,
+        like: Tensor | None = None,
     ) -> None:
-        """Make it for ``optimizer``, with operands of ``dtypes`` and of ``shape``."""
+        """Make it.
+
+        Args:
+            optimizer: the real one.
+            dtypes: of the operands.
+            shape: of the operands.
+            on_device: what stays on a device.
+            index: of the parameter group.
+            like: a parameter of this shape, whose attributes count; there are no numbers then.
+        """
         self.on_device = on_device is not None
         self._fake = _fake_mode() if self.on_device else nullcontext()
-        place = torch.device("cpu") if on_device is None else on_device.device
+        place = torch.device("cpu" if like is None else "meta")
+        place = place if on_device is None else on_device.device
         with self._fake:
             self.operands = {
                 name: torch.ones(shape, dtype=dtype, device=place) for name, dtype in dtypes.items()
             }
-            self.operands["param"] = torch.nn.Parameter(self.operands["param"])
-            self.operands["param"].grad = self.operands["grad"]
+            self.operands["param"] = _parameter(self.operands["param"], self.operands["grad"])
+            if like is not None:
+                self.operands["param"].requires_grad_(like.requires_grad)
+                vars(self.operands["param"]).update(vars(like))
             if on_device is not None:
                 named = {HYPERPARAMETER + k: v for k, v in on_device.hyperparameters.items()}
                 for name, dtype in (*on_device.counts.items(), *named.items()):
                     self.operands[name] = torch.ones((), dtype=dtype, device=place)
         self.state: dict[str, Any] = {}
         self.changes: dict[str, Any] = {}
-        self.optimizer = optimizer
+        self.elsewhere: dict[int, dict[str, Any]] = {}
+        self.optimizer, self.index = optimizer, index
         self._raw_step = raw_step(optimizer)
         self._is_foreign = not is_torchs_own(optimizer)
         self._stepping: Any = object.__new__(type(optimizer))
@@ -149,38 +126,90 @@ class Shadow:
         """
         operands = self.operands if props is None else props
         param = operands["param"]
-        in_group, in_optimizer = self._mutable(group) if self._is_foreign else ({}, {})
         plain = {name: False for name in ("foreach", "fused") if name in group}
         if self.on_device and "capturable" in group:
             plain["capturable"] = True
         start = len(HYPERPARAMETER)
         own = {k[start:]: v for k, v in operands.items() if k.startswith(HYPERPARAMETER)}
-        given = {**group, **_copied(in_group), **plain, **own, "params": [param]}
+        given = {**group, **plain, **own, "params": [param]}
         tiny = {
             k: v
             for k, v in operands.items()
             if k not in ("param", "grad") and not k.startswith(HYPERPARAMETER)
         }
         state = {**tiny, **others}
-        attributes = {**vars(self.optimizer), **self._bound, **_copied(in_optimizer)}
+        attributes = {**vars(self.optimizer), **self._bound, "state": defaultdict(dict)}
         # Of torch's own: pickled optimizers lack it, and on a GPU the step would set it.
         attributes.setdefault(_WARNED, True)
+        if state:
+            attributes["state"][param] = state
+        if self._is_foreign:
+            self._step_foreign(given, attributes)
+        else:
+            self.elsewhere, self.changes = {}, self._step(given, attributes)
+        self.state = dict(attributes["state"][param])
+        if self._is_foreign:
+            _check_state(attributes["state"], self.state)
+
+    def _step(self, given: dict[str, Any], attributes: dict[str, Any]) -> dict[str, Any]:
+        """Step with one group, ``given``; return what has changed in it."""
         attributes["param_groups"] = [dict(given)]
-        attributes["state"] = defaultdict(dict, {param: state} if state else {})
+        self._run(attributes)
+        return _changes(attributes["param_groups"][0], given)
+
+    def step_all(self, groups: list[dict[str, Any]], state: Any) -> dict[int, dict[str, Any]]:
+        """Run the optimizer's own step on other groups and another state than its own.
+
+        Returns:
+            What it changed in groups, by their index.
+        """
+        plain = {"foreach": False, "fused": False}
+        groups = [{**g, **{k: v for k, v in plain.items() if k in g}} for g in groups]
+        attributes = {**vars(self.optimizer), **self._bound, "state": state}
+        return self._step_groups(groups, attributes)
+
+    def _step_foreign(self, given: dict[str, Any], attributes: dict[str, Any]) -> None:
+        """Step with all groups, of which the others have no parameters."""
+        groups = [{**group, "params": []} for group in self.optimizer.param_groups]
+        groups[self.index] = given
+        found = self._step_groups(groups, attributes)
+        self.changes = found.pop(self.index, {})
+        self.elsewhere = found
+
+    def _step_groups(
+        self, groups: list[dict[str, Any]], attributes: dict[str, Any]
+    ) -> dict[int, dict[str, Any]]:
+        """Step with ``groups``; return what has changed in them, which may not be in place."""
+        shared = [
+            {k: v for k, v in g.items() if k != "params" and not kept.is_fixed(v)} for g in groups
+        ]
+        for name, value in chain.from_iterable(own.items() for own in shared):
+            if not isinstance(value, Tensor | StandIn) and not kept.is_data(value):
+                what = type(value).__name__
+                raise NotPointwiseError(f"a parameter group keeps a {what} in {name!r}")
+        data = {k: v for k, v in attributes.items() if k not in kept.usual() and kept.is_data(v)}
+        groups = [{**g, **kept.copied(own)} for g, own in zip(groups, shared, strict=True)]
+        attributes |= {**kept.copied(data), "param_groups": [dict(group) for group in groups]}
+        self._run(attributes)
+        after = attributes["param_groups"]
+        if len(after) != len(groups):
+            raise NotPointwiseError("the step changes the number of parameter groups")
+        for group, own in zip(groups, shared, strict=True):
+            _check_unchanged(group, own, "in its parameter group")
+        _check_unchanged(attributes, data, "of the optimizer")
+        found = {i: _changes(after[i], before) for i, before in enumerate(groups)}
+        return {i: changes for i, changes in found.items() if changes}
+
+    def _run(self, attributes: dict[str, Any]) -> None:
+        """Run the step of an optimizer of these ``attributes``, which it may not change."""
         self._stepping.__dict__ = dict(attributes)
         with torch.no_grad():
             self._raw_step(self._stepping)
-        after = self._stepping.__dict__
+        # What it holds is let go again, for the object is one of a cycle.
+        after, self._stepping.__dict__ = self._stepping.__dict__, {}
         changed = [k for k in after if after[k] is not attributes.get(k)]
         if changed:
             raise NotPointwiseError(f"the step changes the optimizer's {changed[0]!r}")
-        self.state = dict(after["state"][param])
-        now = after["param_groups"][0]
-        self.changes = {k: v for k, v in now.items() if v is not given.get(k)}
-        if self._is_foreign:
-            _check_state(after["state"], self.state)
-            _check_unchanged(given, in_group, "in its parameter group")
-            _check_unchanged(after, in_optimizer, "of the optimizer")
 
     @contextmanager
     def values(self) -> Iterator[None]:
@@ -198,14 +227,6 @@ class Shadow:
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise NotPointwiseError(f"the step cannot stay on the device: {reason}") from error
 
-    def _mutable(self, group: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What a step could change in place, in the group and in the optimizer's attributes."""
-        attributes = vars(self.optimizer).items()
-        return (
-            {k: v for k, v in group.items() if k != "params" and not _is_fixed(v)},
-            {k: v for k, v in attributes if k not in _usual() and _is_data(v)},
-        )
-
 
 def _fake_mode() -> AbstractContextManager[Any]:
     from torch._subclasses.fake_tensor import FakeTensorMode  # it takes a second to import
@@ -213,8 +234,18 @@ def _fake_mode() -> AbstractContextManager[Any]:
     return FakeTensorMode(allow_non_fake_inputs=True)  # such as numbers that torch makes tensors
 
 
-def _copied(values: dict[str, Any]) -> dict[str, Any]:
-    return deepcopy(values) if values else values
+def _parameter(tensor: Tensor, grad: Tensor) -> Tensor:
+    """A parameter with a gradient, which may have another dtype."""
+    param = torch.nn.Parameter(tensor)
+    if grad.dtype != tensor.dtype:
+        param.grad_dtype = grad.dtype
+    param.grad = grad
+    return param
+
+
+def _changes(after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """What is new in a parameter group, or another object than before."""
+    return {k: v for k, v in after.items() if v is not before.get(k)}
 
 
 def _check_state(states: Mapping[Any, Any], state: Mapping[str, Any]) -> None:
@@ -227,7 +258,6 @@ def _check_state(states: Mapping[Any, Any], state: Mapping[str, Any]) -> None:
 
 
 def _check_unchanged(copies: Mapping[str, Any], originals: Mapping[str, Any], whose: str) -> None:
-    for name, value in originals.items():
-        same = copies[name] == value
-        if not (same.all() if isinstance(same, Tensor) else same):
-            raise NotPointwiseError(f"the step changes {name!r} {whose} in place")
+    name = kept.unlike(copies, originals)
+    if name is not None:
+        raise NotPointwiseError(f"the step changes {name!r} {whose} in place")

@@ -1,19 +1,16 @@
 """The step as Dynamo traces it inside a compiled training step.
 
-Dynamo does not trace the step of a ``torch.optim.Optimizer`` in a graph that also computes its
-gradients: its model of an optimizer runs ``_init_group`` on the real object, whose gradients do not
-exist yet. So the step runs here on a stand-in: an object that is no ``Optimizer`` but has the
-class's own functions, and the optimizer's own groups and state. Private parts of torch used here,
-read in torch 2.11 to 2.13: ``_init_group``, ``_torchdynamo_orig_callable``.
+It runs on a stand-in for the optimizer (``standing_in.py``). Private parts of torch used here, read
+in torch 2.11 to 2.13: ``_init_group``, ``_torchdynamo_orig_callable``, wrappers of ``step``,
+``set_code_exec_strategy``.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-import types
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,8 +18,14 @@ from torch.optim import Optimizer
 
 from compileclip import ops, reference
 from compileclip.eager import is_torchs_own
-from compileclip.functional import is_sharded
 from compileclip.settings import ClipSettings
+
+if TYPE_CHECKING:
+    from compileclip.standing_in import StandIn
+
+
+# Of what ClippedOptimizer.step breaks a graph for.
+REMEDY = "change that, or leave the step out of the graph"
 
 
 def compiler_errors() -> tuple[type[Exception], ...]:
@@ -49,9 +52,9 @@ def as_refusal(error: BaseException) -> CannotCompileError:
         if isinstance(cause, CannotCompileError):
             return cause
         cause = cause.__cause__ or cause.__context__ or getattr(cause, "inner_exception", None)
-    ours = re.search(r"User-inserted graph break\. Message: (.*)", str(error))
-    if ours is not None:  # ClippedOptimizer.step says there why it breaks the graph
-        return CannotCompileError(ours.group(1), "change that, or leave the step out of the graph")
+    ours = re.search(r"(?:User-inserted graph break\. Message|compileclip): (.*)", str(error))
+    if ours is not None:  # ClippedOptimizer.step or leaves.py says why it breaks the graph
+        return CannotCompileError(ours.group(1), REMEDY)
     if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
         return CannotCompileError(
             f"it was compiled {torch._dynamo.config.recompile_limit} times, the most that "
@@ -66,74 +69,23 @@ def as_refusal(error: BaseException) -> CannotCompileError:
     )
 
 
-class StandIn:
-    """Has what the functions of an optimizer's class ask of ``self``.
-
-    Attributes:
-        total_norm: what the last step measured.
-        prepare: makes missing state, when Dynamo traces a call of it.
-        mend: ``mend_dynamo``, likewise.
-        holds_shards: whether a parameter is a ``DTensor``, likewise.
-        can_undo: ``can_undo``, likewise.
-    """
-
-    prepare: Callable[[], int]
-    mend: Callable[[], int]
-    holds_shards: Callable[[], bool]
-    can_undo: Callable[[], bool]
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
-        self.total_norm: Tensor | None = None
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's own groups."""
-        return self.optimizer.param_groups
-
-    @property
-    def state(self) -> Any:
-        """The optimizer's own state."""
-        return self.optimizer.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The optimizer's own defaults."""
-        return self.optimizer.defaults
-
-
-def stand_in(optimizer: Optimizer) -> Any:
-    """Make the stand-in of ``optimizer``, with its class's functions as methods."""
-    methods: dict[str, Any] = {}
-    for cls in reversed(type(optimizer).__mro__[:-1]):
-        for name, value in vars(cls).items():
-            if isinstance(value, types.FunctionType | staticmethod) and not name.startswith("__"):
-                # Dynamo's patches disable some of them for tracing.
-                methods[name] = getattr(value, "_torchdynamo_orig_callable", value)
-    methods["step"] = raw_step(optimizer)
-    made = type(f"StandInFor{type(optimizer).__name__}", (StandIn,), methods)(optimizer)
-
-    # Constants to Dynamo, which so runs them for real while it traces.
-    made.prepare = torch._dynamo.assume_constant_result(lambda: initialize_state(optimizer))
-    made.mend = torch._dynamo.assume_constant_result(mend_dynamo)
-    made.holds_shards = torch._dynamo.assume_constant_result(
-        lambda: any(is_sharded(p) for group in optimizer.param_groups for p in group["params"])
-    )
-    made.can_undo = torch._dynamo.assume_constant_result(lambda: can_undo(optimizer))
-    return made
-
-
 def raw_step(optimizer: Optimizer) -> Any:
     """The step without its hooks, and without the graph breaks that torch has around it."""
     torch._dynamo.eval_frame.TorchPatcher.patch()
     step: Any = type(optimizer).step
     if getattr(step, "hooked", False):
         step = step.__wrapped__
-    return step.__wrapped__ if step.__code__.co_name == "_use_grad" else step
+    code = getattr(step, "__code__", None)
+    return step.__wrapped__ if code is not None and code.co_name == "_use_grad" else step
 
 
-def initialize_state(optimizer: Optimizer, with_grad: bool = False, capturable: bool = True) -> int:
-    """Make the state that the first step would make, as far as the class has a function for it.
+def initialize_state(
+    optimizer: Optimizer,
+    with_grad: bool = False,
+    capturable: bool = True,
+    among: tuple[bool, ...] | None = None,
+) -> int:
+    """Make the state that the first step would make, as far as torch has a function for it.
 
     A graph that makes state is another one than that of all later steps.
 
@@ -142,33 +94,30 @@ def initialize_state(optimizer: Optimizer, with_grad: bool = False, capturable: 
         with_grad: of those parameters only that have a gradient.
         capturable: make groups on a GPU capturable, as torch.compile does, for their step counts
             to be on the device.
+        among: of those parameters only that are True here, in the order of the groups. (State may
+            depend on the learning rate of the first step with a gradient.)
 
     Returns:
         The number of parameters that have state now and had none.
     """
     function = getattr(type(optimizer), "_init_group", None)
     made = 0
-    if function is None:
-        return made
+    if function is None or not is_torchs_own(optimizer):
+        return made  # that of another class may do more
     function = getattr(function, "_torchdynamo_orig_callable", function)
     lists = list(inspect.signature(function).parameters.values())[2:]
-    if any(each.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD for each in lists):
-        return made  # it cannot be told what this one takes
+    wanted = _chosen(optimizer, with_grad, among)
     for group in optimizer.param_groups:
-        fresh = [
-            p
-            for p in group["params"]
-            if (p.grad is not None if with_grad else p.requires_grad) and not optimizer.state.get(p)
-        ]
+        fresh = [p for p in group["params"] if p in wanted and not optimizer.state.get(p)]
         if not fresh:
             continue
         if capturable and "capturable" in group and any(p.is_cuda for p in fresh):
             group["capturable"] = True
-        kept, among = [p.grad for p in group["params"]], set(fresh)
+        kept, new = [p.grad for p in group["params"]], set(fresh)
         try:
             for p in group["params"]:
                 usual = p.grad is not None and p.grad.layout == torch.strided
-                p.grad = None if p not in among else p.grad if usual else torch.zeros_like(p)
+                p.grad = None if p not in new else p.grad if usual else torch.zeros_like(p)
             with torch.no_grad():
                 function(optimizer, group, *([] for _ in lists))
         finally:
@@ -178,18 +127,35 @@ def initialize_state(optimizer: Optimizer, with_grad: bool = False, capturable: 
     return made
 
 
-def can_undo(optimizer: Optimizer) -> bool:
+def _chosen(
+    optimizer: Optimizer, with_grad: bool = False, among: tuple[bool, ...] | None = None
+) -> set[Tensor]:
+    """Those parameters that are to have state; see ``initialize_state``."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if among is not None:
+        return {p for p, chosen in zip(params, among, strict=True) if chosen}
+    return {p for p in params if (p.grad is not None if with_grad else p.requires_grad)}
+
+
+def can_undo(optimizer: Optimizer, among: tuple[bool, ...] | None = None) -> bool:
     """Whether ``nonfinite="skip"`` can be decided in a graph.
 
     It can where a step changes tensors that are there before it and nothing else. So do torch's
     optimizers; but SGD makes its momentum buffer in the first step, as a copy of the gradient.
+
+    Args:
+        optimizer: whose step it is.
+        among: the parameters that have a gradient, as in ``initialize_state``; else all that
+            require one.
     """
-    initialize_state(optimizer)
-    params = [(g, p) for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
+    initialize_state(optimizer, among=among)
+    wanted = _chosen(optimizer, among=among)
     return is_torchs_own(optimizer) and all(
         "momentum_buffer" in optimizer.state.get(p, ())
-        for group, p in params
+        for group in optimizer.param_groups
         if isinstance(optimizer, torch.optim.SGD) and group["momentum"] != 0
+        for p in group["params"]
+        if p in wanted
     )
 
 
@@ -206,15 +172,33 @@ def mend_dynamo() -> int:
     return 1
 
 
-def traced_step(standing_in: Any, settings: ClipSettings) -> Tensor:
+def leave_out(function: Callable[..., Any]) -> None:
+    """Let Dynamo not compile ``function`` by itself, nor what it calls; only as part of a caller.
+
+    Unlike ``torch.compiler.disable`` this wraps nothing, and leaves inlining as it is.
+    """
+    dynamo: Any = torch._C._dynamo.eval_frame
+    skip = dynamo._FrameAction.SKIP
+    strategy = dynamo._FrameExecStrategy(skip, skip)
+    dynamo.set_code_exec_strategy(function.__code__, strategy)
+
+
+def traced_step(standing_in: StandIn, settings: ClipSettings, have: tuple[bool, ...]) -> Tensor:
     """Norm, scale and update, in Python that Dynamo traces into one graph.
+
+    Args:
+        standing_in: of the optimizer.
+        settings: how to clip.
+        have: what ``have_gradients`` says.
 
     Returns:
         The total norm of the gradients before clipping.
     """
-    standing_in.prepare()
+    standing_in.prepare(have)
     with torch.no_grad():
-        params = [p for g in standing_in.param_groups for p in g["params"] if p.grad is not None]
+        params = [
+            p for g in standing_in.live.param_groups for p in g["params"] if p.grad is not None
+        ]
         if not params:
             return torch.tensor(0.0)
         grads = [p.grad for p in params]
@@ -227,9 +211,14 @@ def traced_step(standing_in: Any, settings: ClipSettings) -> Tensor:
             for p, grad in zip(params, grads, strict=True):
                 p.grad = _scaled(grad, coef)
         if finite is None:
-            standing_in.step()
+            standing_in.raw_step(standing_in.stepping)
         else:
-            step_where(finite, standing_in.step, params, standing_in.state)
+            step_where(
+                finite,
+                lambda: standing_in.raw_step(standing_in.stepping),
+                params,
+                standing_in.live.state,
+            )
         if settings.write_grads is False:
             for p, grad in zip(params, grads, strict=True):
                 p.grad = grad
@@ -255,6 +244,5 @@ def step_where(
 
 def _scaled(grad: Tensor, coef: Tensor) -> Tensor:
     coef = coef.to(grad.device)
-    if grad.dtype in reference.HALF:
-        return (grad.float() * coef).to(grad.dtype)
-    return grad * coef
+    wide = grad.float() if grad.dtype in reference.HALF else grad
+    return (wide * coef).to(grad.dtype)  # of 0 dimensions, a wider coefficient makes it wider

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from compileclip.assemble import COUNT
 from compileclip.buckets import Bucket
-from compileclip.capture import ChangedError, Recording, record, replay
+from compileclip.capture import ChangedError, Recording, is_same, record, replay
 from compileclip.eager import is_torchs_own
 from compileclip.formula import Formula
 from compileclip.gather import Table
@@ -21,6 +21,7 @@ from compileclip.shadow import HYPERPARAMETER, SHAPES, NotPointwiseError, OnDevi
 if TYPE_CHECKING:
     from compileclip.lowering.targets import Target
 
+NUMBER = (bool, int, float, type(None))  # in state
 # A step that decides otherwise every few steps would cost more than it saves.
 _FORMULAS = 8
 
@@ -35,6 +36,8 @@ class Work:
         shadow: steps in the place of the bucket's parameters.
         state: the leader's after the step whose scalars were last asked for.
         changes: what that step changed in the parameter group.
+        elsewhere: what it changed in other groups, by their index.
+        is_new: whether what that step did was not known before.
         kernels: for what it has done so far.
     """
 
@@ -47,9 +50,11 @@ class Work:
     def _start(self) -> None:
         """Know nothing yet of what the step does."""
         self._on_device = self._what_stays()
-        self.shadow = self._shadow()
+        self.shadow = self.make_shadow()
         self.state: dict[str, Any] = {}
         self.changes: dict[str, Any] = {}
+        self.elsewhere: dict[int, dict[str, Any]] = {}
+        self.is_new = False
         self.kernels: dict[Any, Any] = {}
         self._recordings: list[Recording] = []  # the latest last
         # Both are of the latest, if that can be had.
@@ -102,16 +107,22 @@ class Work:
         """
         if self.bucket.stays and self._what_stays() != self._on_device:
             self._start()
-        leader, group = self.bucket.leader, self._group
+        leader, group, self.is_new = self.bucket.leader, self._group, False
         if self._formula is not None:
             try:
                 scalars, self.state = self._formula.run(group, before)
-                self.changes = {}
+                self.changes, self.elsewhere = {}, {}
                 return scalars
             except ChangedError:
                 pass
         scalars = self._rehearsed(group, leader, before)
         self.state, self.changes = self.shadow.state, self.shadow.changes
+        self.elsewhere = self.shadow.elsewhere
+        for name in self.bucket.values:
+            if not isinstance(
+                self.state.get(name), Tensor if name in self.bucket.counts else NUMBER
+            ):
+                raise NotPointwiseError(f"the state {name!r} does not stay a number")
         self._formula = self._found(scalars, before)
         return scalars
 
@@ -153,8 +164,10 @@ class Work:
         group: dict[str, Any] = self._optimizer.param_groups[self.bucket.group]
         return group
 
-    def _shadow(self, shape: tuple[int, ...] = SHAPES[0]) -> Shadow:
-        return Shadow(self._optimizer, self.bucket.dtypes, shape, self._on_device)
+    def make_shadow(self, shape: tuple[int, ...] = SHAPES[0], like: Tensor | None = None) -> Shadow:
+        """One of the bucket; see ``Shadow``."""
+        dtypes, index = self.bucket.dtypes, self.bucket.group
+        return Shadow(self._optimizer, dtypes, shape, self._on_device, index, like)
 
     def _what_stays(self) -> OnDevice | None:
         bucket = self.bucket
@@ -173,15 +186,16 @@ class Work:
                 self._recordings.remove(known)
                 self._recordings.append(known)
                 return
-        twin = self._shadow(SHAPES[1])
+        twin = self.make_shadow(SHAPES[1])
         other = record(twin, self._group, tensors(self.bucket.leader, before))
-        if other.calls != recording.calls or other.scalars != recording.scalars:
+        if not is_same(other, recording):
             raise NotPointwiseError("the step depends on a parameter's shape")
         self._recordings.append(recording)
+        self.is_new = True
 
     def _rehearse(self, before: Mapping[str, Any]) -> Rehearsal | None:
         """That of the latest recording, if it finds the same scalars."""
-        shadow = self._shadow()
+        shadow = self.make_shadow()
         recording = record(shadow, self._group, tensors(self.bucket.leader, before))
         rehearsal = Rehearsal(shadow, recording)
         try:
@@ -190,6 +204,19 @@ class Work:
             return None
         same = found == recording.scalars
         return Rehearsal(self.shadow, self.recording) if same else None
+
+
+def scalars_of(
+    optimizer: Optimizer, works: Sequence[Work], saved: Sequence[Mapping[str, Any]]
+) -> list[list[float]]:
+    """The scalars of a step of ``optimizer``, those of each bucket.
+
+    Args:
+        optimizer: whose buckets these are.
+        works: all of its buckets.
+        saved: the ``values`` of their buckets.
+    """
+    return [work.scalars(before) for work, before in zip(works, saved, strict=True)]
 
 
 def _is_closed(optimizer: Optimizer) -> bool:

@@ -117,13 +117,16 @@ def _clip_coef(graph: Graph, max_norm: Node, norm: Node) -> Node:
 
 
 def _scale(graph: Graph, gradient: Node, coef: Node, stored: bool) -> Node:
-    """``gradient * coef``, a half precision gradient in float32 and rounded once."""
+    """``gradient * coef``, a half precision gradient in float32 and rounded once.
+
+    Of 0 dimensions, it and a float64 coefficient make a float64 product.
+    """
     dtype = gradient.meta["example_value"].dtype
     wide = gradient
     if dtype in reference.HALF:
         wide = _call(graph, ATEN._to_copy.default, gradient, dtype=torch.float32)
     product = _call(graph, ATEN.mul.Tensor, wide, coef)
-    if dtype in reference.HALF:
+    if product.meta["example_value"].dtype != dtype:
         product = _call(graph, ATEN._to_copy.default, product, dtype=dtype)
     return _call(graph, ATEN.copy_.default, gradient, product) if stored else product
 

@@ -183,3 +183,14 @@ def test_constants_are_left_alone() -> None:
     assert LiftScalars()(module.graph) == 0
     module.recompile()
     assert module.print_readable(print_output=False) == before
+
+
+def test_a_number_beside_a_wider_gradient() -> None:
+    """The norm is float64 then, and a product with it too, but not what torch's ``mul_`` stores."""
+    grads = [torch.tensor(3.0), torch.ones(2, dtype=torch.float64)]
+    module, nodes = step_graph(grads)
+    assert InsertNormAndScale(2.0)(module.graph, nodes) == 2
+    updates = [n for n in module.graph.nodes if n.target is torch.sub]
+    scaled = [n.args[1].meta["example_value"] for n in updates]
+    assert [t.dtype for t in scaled] == [g.dtype for g in grads]
+    assert scaled[0].item() == pytest.approx(3 / 11**0.5)
