@@ -181,7 +181,7 @@ def test_a_copy_of_the_optimizer(device: str, monkeypatch: pytest.MonkeyPatch) -
         if not getattr(opt, "_warned_capturable_if_run_uncaptured", False):
             opt._warned_capturable_if_run_uncaptured = True
 
-    monkeypatch.setattr(Optimizer, "_cuda_graph_capture_health_check", warns)
+    monkeypatch.setattr(Optimizer, "_accelerator_graph_capture_health_check", warns)
     ours, theirs = twins(maker("AdamW", capturable=True), device)
     ours = copy.deepcopy(ours)
     for seed in range(3):
