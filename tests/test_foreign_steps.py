@@ -252,3 +252,25 @@ def test_many_groups_of_another_class() -> None:
     counted = compileclip.wrap(Counted([dict(group) for group in groups]), 1.0)
     counted.step()
     assert "there are 39 groups" in counted.explain()
+
+
+def test_hooks_of_a_step_within_the_step() -> None:
+    """They see parameters, no stand-ins of these."""
+    shapes: list[Any] = []
+
+    class Inner(CountingAdam):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            return super().step()
+
+    params = [nn.Parameter(torch.ones(7, 7))]
+    inner = Inner(params)
+    inner.register_step_pre_hook(
+        lambda opt, *_: shapes.append(opt.param_groups[0]["params"][0].shape)
+    )
+    opt = compileclip.wrap(inner, 1.0)
+    for _ in range(2):
+        params[0].grad = torch.ones(7, 7)
+        opt.step()
+    assert set(shapes) == {(7, 7)}
+    assert "may run hooks" in opt.explain()
