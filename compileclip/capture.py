@@ -26,7 +26,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from compileclip.shadow import NotPointwiseError, Shadow
+from compileclip.shadow import ChangedError, NotPointwiseError, Shadow
 
 ATEN = torch.ops.aten
 # Not tagged as pointwise, but each element of the result depends on the same element alone.
@@ -41,10 +41,6 @@ POINTWISE = {
     *(getattr(ATEN, f"{name}_like").default for name in ("zeros", "ones", "full", "empty")),
 }
 CONSTANTS = {ATEN.pow.Tensor_Scalar, ATEN.pow_.Scalar}  # another exponent is another operation
-
-
-class ChangedError(Exception):
-    """A step does not do what the one before did."""
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Graph, Node, Proxy
 
-from compileclip.capture import ChangedError
 from compileclip.rehearsal import Rehearsal
-from compileclip.shadow import StandIn
+from compileclip.shadow import ChangedError, StandIn
 
 _NUMBERS = (float, int)  # and nothing derived from them: a bool is a decision
 

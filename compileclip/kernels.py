@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from compileclip.assemble import Kind, assemble
+from compileclip.capture import Recording
 from compileclip.lowering import UnsupportedError
 from compileclip.lowering.targets import Target
+from compileclip.program import Program
 from compileclip.self_check import check
-from compileclip.shadow import NotPointwiseError
+from compileclip.shadow import NotPointwiseError, failed
 from compileclip.work import Work
 
 
@@ -66,7 +69,7 @@ class Kernels:
         done = (tuple(recording.calls), tuple(recording.after.items()))
         key = (*done, tuple(recording.counts.items()), tuple(dtypes.items()), kind)
         if key not in self._compiled:
-            self._compiled[key] = self._target.kernel(assemble(recording, dtypes, kind))
+            self._compiled[key] = self._target.kernel(_assembled(recording, dtypes, kind))
             self.compilations += 1
         return self._compiled[key]
 
@@ -85,3 +88,12 @@ class Kernels:
             raise
         except Exception as error:
             raise UnsupportedError(f"a kernel's first run failed: {error}") from error
+
+
+def _assembled(recording: Recording, dtypes: Mapping[str, torch.dtype], kind: Kind) -> Program:
+    try:
+        return assemble(recording, dtypes, kind)
+    except (NotPointwiseError, UnsupportedError):
+        raise
+    except Exception as error:  # tensors where the operation has numbers
+        raise failed(error) from error

@@ -25,9 +25,9 @@ from compileclip.lowering.native import CompilerError
 from compileclip.passes.insert_norm_and_scale import InsertNormAndScale
 from compileclip.patience import Patience
 from compileclip.plan import Copied, Plan, staying
-from compileclip.serving import MOST_LOOKS, others_refused, why_not_captured, why_not_planned
+from compileclip.serving import MOST_LOOKS, REASONS, why_not_captured, why_not_planned
 from compileclip.settings import ClipSettings
-from compileclip.shadow import NotPointwiseError
+from compileclip.shadow import failed
 from compileclip.traced import CannotCompileError
 from compileclip.work import Work, extend, restore, scalars_of
 
@@ -138,11 +138,10 @@ class MultiTensorStep:
         self._fresh = [p for p in params if not self._optimizer.state.get(p)]
         traced.initialize_state(self._optimizer, with_grad=True, capturable=False)
         try:
-            with others_refused():
-                self._make_plan(params, self._decides(settings, scaler))
-        except (NotPointwiseError, UnsupportedError, CompilerError) as reason:
+            self._make_plan(params, self._decides(settings, scaler))
+        except Exception as error:
             self._forget_fresh()
-            self._refuse(reason)
+            self._refuse(error if isinstance(error, REASONS) else failed(error))
             return None
         return self._gather()
 
@@ -207,7 +206,7 @@ class MultiTensorStep:
         self.set_bound(settings.max_norm)
         try:
             stepped = self._step(settings, copies, norm, scaler)
-        except (NotPointwiseError, UnsupportedError, CompilerError) as reason:
+        except REASONS as reason:
             if self._target.is_capturing():
                 self._for_now = str(reason)
             else:
@@ -228,7 +227,7 @@ class MultiTensorStep:
             self._insert = InsertNormAndScale(settings.norm_type, clip, write)
         return self._insert
 
-    def _refuse(self, reason: NotPointwiseError | UnsupportedError | CompilerError) -> None:
+    def _refuse(self, reason: Exception) -> None:
         if isinstance(reason, CompilerError):
             self.refusal = CannotCompileError(reason.cause, reason.remedy)
         else:
@@ -240,18 +239,16 @@ class MultiTensorStep:
         """Step; False where the step does not count."""
         saved = [dict(work.bucket.values) for work in self._works]
         try:
-            with others_refused():
-                scalars = self._scalars(self._optimizer, self._works, saved)
+            scalars = self._scalars(self._optimizer, self._works, saved)
             kind = self._kind(settings, norm, scaler)
             decided = kind.finite or kind.found_inf  # by the kernels
             stepped = decided or eager.counts(settings, scaler.found_inf, norm)
             if stepped:
                 read = {"max_norm": self._max_norm, "norm": norm, **scaler.on(norm.device)}
-                with others_refused():
-                    kernels = [
-                        self._kernels.of(work, kind, found, before, read)
-                        for work, found, before in zip(self._works, scalars, saved, strict=True)
-                    ]
+                kernels = [
+                    self._kernels.of(work, kind, found, before, read)
+                    for work, found, before in zip(self._works, scalars, saved, strict=True)
+                ]
                 if any(work.made for work in self._works):
                     self._plan = None  # there will be more state
                     extend(self._works, self._target)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compileclip.capture import SCALAR, Call, ChangedError, Recording
-from compileclip.shadow import Shadow, StandIn
+from compileclip.capture import SCALAR, Call, Recording
+from compileclip.shadow import ChangedError, Shadow, StandIn
 
 # Functions and methods called otherwise than the operation that they come to.
 _NAMES = {f"__{name}__": name for name in ("add", "sub", "mul", "neg", "abs", "pow")}

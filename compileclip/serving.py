@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +17,8 @@ from compileclip.shadow import NotPointwiseError
 from compileclip.sorting import overlap
 from compileclip.work import Work
 
+# Why a step is not served, as it is prepared.
+REASONS = (NotPointwiseError, UnsupportedError, CompilerError)
 # Of another class than torch's, each bucket's step looks at each group.
 MOST_LOOKS = 1024
 
@@ -63,15 +64,3 @@ def why_not_captured(
     if not all(work.decides for work in works):
         return "a CUDA graph is being captured, which would repeat this step's count"
     return None
-
-
-@contextmanager
-def others_refused() -> Iterator[None]:
-    """Within it, what a stand-in cannot do is a reason like others: the step itself may do it."""
-    try:
-        yield
-    except (NotPointwiseError, UnsupportedError, CompilerError):
-        raise
-    except Exception as error:
-        what = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise NotPointwiseError(f"the step fails in a parameter's place ({what})") from error

@@ -27,6 +27,16 @@ class NotPointwiseError(ValueError):
     """A step cannot become a program; the message says why."""
 
 
+class ChangedError(Exception):
+    """A step does not do what the one before did."""
+
+
+def failed(error: Exception) -> NotPointwiseError:
+    """The reason where a stand-in cannot do what the step itself may do."""
+    what = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return NotPointwiseError(f"the step fails in a parameter's place ({what})")
+
+
 class StandIn:
     """What takes the place of a tensor in a step."""
 
@@ -203,8 +213,15 @@ class Shadow:
     def _run(self, attributes: dict[str, Any]) -> None:
         """Run the step of an optimizer of these ``attributes``, which it may not change."""
         self._stepping.__dict__ = dict(attributes)
-        with torch.no_grad():
-            self._raw_step(self._stepping)
+        try:
+            with torch.no_grad():
+                self._raw_step(self._stepping)
+        except (ChangedError, NotPointwiseError):
+            raise
+        except Exception as error:
+            if self.on_device:  # ``values`` knows more of it
+                raise
+            raise failed(error) from error
         # What it holds is let go again, for the object is one of a cycle.
         after, self._stepping.__dict__ = self._stepping.__dict__, {}
         changed = [k for k in after if after[k] is not attributes.get(k)]

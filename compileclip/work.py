@@ -11,12 +11,19 @@ from torch.optim import Optimizer
 
 from compileclip.assemble import COUNT
 from compileclip.buckets import Bucket
-from compileclip.capture import ChangedError, Recording, is_same, record, replay
+from compileclip.capture import Recording, is_same, record, replay
 from compileclip.eager import is_torchs_own
 from compileclip.formula import Formula
 from compileclip.gather import Table
 from compileclip.rehearsal import Rehearsal
-from compileclip.shadow import HYPERPARAMETER, SHAPES, NotPointwiseError, OnDevice, Shadow
+from compileclip.shadow import (
+    HYPERPARAMETER,
+    SHAPES,
+    ChangedError,
+    NotPointwiseError,
+    OnDevice,
+    Shadow,
+)
 
 if TYPE_CHECKING:
     from compileclip.lowering.targets import Target

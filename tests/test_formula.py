@@ -27,8 +27,8 @@ from torch.optim import (
 from twins import Lion
 
 import compileclip
-from compileclip.capture import ChangedError
 from compileclip.formula import Formula
+from compileclip.shadow import ChangedError
 from compileclip.work import tensors
 
 SHAPES = [(3, 4), (5,), (700,)]
