@@ -9,7 +9,6 @@ is one operator in the graph.
 
 from __future__ import annotations
 
-import math
 import sys
 import types
 import warnings
@@ -247,7 +246,7 @@ def _check_foreach(tensors: Sequence[Tensor], foreach: bool | None) -> None:
 
 def _check_norm_type(norm_type: float) -> float:
     norm_type = float(norm_type)
-    if math.isnan(norm_type):
+    if norm_type != norm_type:  # NaN; Dynamo knows no isnan of a float that varies
         raise ValueError(
             "norm_type is nan, which is no order of a norm; pass a number or float('inf')"
         )

@@ -8,7 +8,7 @@ after here:
   Dynamo so marks, for good, the parameters of each optimizer whose ``param_groups`` it reads.
 * Hooks of a leaf belong to autograd's engine, which does not run.
 
-Private parts of torch used here, read in torch 2.11 to 2.13: ``get_static_address_type``,
+Private parts of torch used here, read in torch 2.11 to 2.14: ``get_static_address_type``,
 ``InstructionTranslator``, ``OptimizerVariable`` and ``TensorVariable`` of Dynamo, ``tensor_hooks``,
 ``nn_modules`` and ``meta["grapharg"]`` of its graphs, ``_backward_hooks`` and
 ``_post_accumulate_grad_hooks`` of tensors.
@@ -138,4 +138,7 @@ def patch_dynamo() -> bool:
     builder.get_static_address_type = get_static_address_type
     variable._set_capturable = _set_capturable
     tensor.method_backward = method_backward
+    table = getattr(tensor, "tp_methods", {})  # where torch 2.14 looks it up
+    if "backward" in table:
+        table["backward"] = type(table["backward"])(method_backward)
     return True

@@ -19,7 +19,8 @@ from torch.optim import Adam, Optimizer
 
 import compileclip
 
-SHAPES = [(64, 4), (4,), (2, 3, 2), (2, 2, 3, 3), (5,)]  # of two groups, the last two in the second
+# Of two groups, the last two in the second; three of the first are checked in a first use anyway.
+SHAPES = [(64, 4), (4,), (2, 3, 2), (6,), (2, 2, 3, 3), (5,)]
 Change = Callable[[Optimizer, int], None]
 
 
@@ -80,6 +81,14 @@ class CountedByParameters(Counted):
     def update(self, group: Any, state: Any, p: Tensor, grad: Tensor) -> None:
         group["k"] += 1
         p.add_(grad, alpha=-group["lr"] / group["k"])
+
+
+class OnlyCounts(CountedByParameters):
+    """The same, for whoever reads it."""
+
+    def update(self, group: Any, state: Any, p: Tensor, grad: Tensor) -> None:
+        group["k"] += 1
+        p.add_(grad, alpha=-group["lr"])
 
 
 class CountedInState(Foreign):
@@ -163,6 +172,10 @@ def nothing(opt: Optimizer, step: int) -> None:
     pass
 
 
+def first_of_many(params: list[Any], p: Any) -> float:
+    return 0.5 if len(params) > 3 and p is params[0] else 1.0
+
+
 def chance() -> float:
     return torch.rand(()).item()
 
@@ -175,6 +188,7 @@ DEPENDS = {
     "rates of others": lambda opt, i, p: max(g["lr"] for g in opt.param_groups),
     "identity": lambda opt, i, p: opt.scales.get(id(p), 1.0),
     "place": lambda opt, i, p: 1.0 if p is opt.param_groups[i]["params"][0] else 0.5,
+    "first of many": lambda opt, i, p: first_of_many(opt.param_groups[i]["params"], p),
     "chance": lambda opt, i, p: random.random(),
     "chance at times": lambda opt, i, p: 1.0 if opt.param_groups[0]["lr"] > 0.04 else chance(),
 }
@@ -188,14 +202,14 @@ CASES = [
     pytest.param(BecomesTensor, nothing, id="a number that becomes a tensor"),
     *(
         pytest.param(cls, change, id=f"{cls.__name__}, {name}")
-        for cls in (Counted, CountedInTheFirst, CountedByParameters)
+        for cls in (Counted, CountedInTheFirst, CountedByParameters, OnlyCounts)
         for name, change in (("first", frozen(0)), ("second", frozen(1)), ("none", nothing))
     ),
 ]
 
 
 def made(cls: Any, params: list[Any]) -> Any:
-    opt = cls([{"params": params[:3]}, {"params": params[3:], "lr": 0.05}])
+    opt = cls([{"params": params[:4]}, {"params": params[4:], "lr": 0.05}])
     if getattr(cls, "scale", None) is DEPENDS["identity"]:
         opt.scales = {id(params[1]): 0.25}
     return opt

@@ -145,7 +145,11 @@ class Hidden(AdamW):
         return super()._init_group(*args, **kwargs)
 
 
-@pytest.mark.parametrize("kind", [Lion, Hidden, ASGD])
+class Inherited(AdamW):
+    """Has torch's step, and could have whatever that calls."""
+
+
+@pytest.mark.parametrize("kind", [Lion, Hidden, Inherited, ASGD])
 def test_only_what_is_known_to_depend_on_nothing_else(kind: Any) -> None:
     opt = wrapped(kind)
     for i in range(3):
