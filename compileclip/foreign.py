@@ -135,7 +135,7 @@ class Company:
         self.changes: dict[int, dict[str, Any]] = {}
 
     def _of(self, p: Tensor) -> Tensor:
-        return self._tiny.setdefault(p, torch.nn.Parameter(torch.ones(2, 3)))
+        return self._tiny.setdefault(p, torch.nn.Parameter(torch.ones(2, 3, device="cpu")))
 
     def step(self) -> None:
         """Let the optimizer step them."""

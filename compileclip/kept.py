@@ -35,8 +35,8 @@ def why_not(optimizer: Optimizer) -> str | None:
         if isinstance(value, dict | set | frozenset) and not ids.isdisjoint(value):
             return f"the optimizer tells parameters by their identity in its attribute {name!r}"
     steps = [c for c in type(optimizer).__mro__ if c is not Optimizer and "step" in vars(c)]
-    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    if len(steps) > 1 and hooks:
+    names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")  # which Optimizer makes
+    if len(steps) > 1 and any(getattr(optimizer, name, None) for name in names):
         return f"a step of {steps[1].__name__} in that of {steps[0].__name__} may run hooks"
     other = next((key for key in optimizer.state if not isinstance(key, Tensor)), None)
     return None if other is None else f"the optimizer keeps {other!r} in its state"

@@ -134,7 +134,7 @@ def patch_dynamo() -> bool:
             )
         return backward(self, *args, **kwargs)
 
-    get_static_address_type.of_compileclip = True  # type: ignore[attr-defined]
+    get_static_address_type.of_compileclip = True  # type: ignore[attr-defined]  # a mark
     builder.get_static_address_type = get_static_address_type
     variable._set_capturable = _set_capturable
     tensor.method_backward = method_backward

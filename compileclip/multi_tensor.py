@@ -272,7 +272,8 @@ class MultiTensorStep:
                 each.grad.copy_(each.copy)
         groups = self._optimizer.param_groups
         for index, changes in self._works[0].elsewhere.items():
-            groups[index].update(changes)  # where a group has gradients, its own work knows better
+            if all(work.bucket.group != index for work in self._works):  # these know by themselves
+                groups[index].update(changes)
         for work in self._works:
             work.bucket.advance(work.state)
             groups[work.bucket.group].update(work.changes)
