@@ -30,7 +30,6 @@ class Bucket:
         numbers: the names of the state that is numbers.
         stays: whether the counts are operands, on the parameters' device; no host knows them then.
         values: of what a host knows of ``counts`` and ``numbers``, those of each parameter.
-        seen: of counts that stay, what they were when this step began, each 0-dim.
     """
 
     group: int
@@ -44,7 +43,6 @@ class Bucket:
     def __post_init__(self) -> None:
         self.sizes = array("q", map(Tensor.numel, self.params))
         self._on_host: dict[str, Tensor] = {}
-        self.seen: dict[str, Tensor] = {}
         self._share_counts()
         self.values: dict[str, Any] = {
             k: v.item() if isinstance(v, Tensor) else v for k, v in self.leader.items()
@@ -87,7 +85,7 @@ class Bucket:
             state: numbers, and 0-dim tensors on a CPU or their values.
         """
         for name, buffer in self.counts.items():
-            if name in self.seen:
+            if self.stays:
                 continue  # a kernel has stored it
             found = state[name]
             value = found.item() if isinstance(found, Tensor) else found  # it is on the host
@@ -123,13 +121,8 @@ class Bucket:
     def leader(self) -> dict[str, Any]:
         """What a shadow needs of the state besides operands."""
         first = self.states[0]
-        names = [name for name in (*self.counts, *self.numbers) if name not in self.seen]
+        names = self.numbers if self.stays else (*self.counts, *self.numbers)
         return {name: first[name] for name in names} | self._on_host
-
-    def look(self) -> None:
-        """Take what counts that stay are now as ``seen``; nothing waits."""
-        for name, seen in self.seen.items():
-            seen.copy_(self.counts[name].view(-1)[0])
 
     def _share_numbers(self) -> None:
         for name in self.numbers:
@@ -149,9 +142,7 @@ class Bucket:
                 for state, view in zip(self.states, buffer.unbind(), strict=True):
                     state[name] = view
             self.counts[name] = buffer
-            if self.stays:
-                self.seen[name] = torch.empty_like(buffer.view(-1)[0])
-            elif buffer.device.type != "cpu":
+            if not self.stays and buffer.device.type != "cpu":
                 self._on_host[name] = first.cpu()
         self._versions = [(buffer, buffer._version) for buffer in self.counts.values()]
 

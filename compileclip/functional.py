@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._foreach_utils import _device_has_foreach_support
 
 from compileclip import ops, reference
+from compileclip.lowering import gpu
 from compileclip.lowering import norm as native_norm
 
 if TYPE_CHECKING:
@@ -162,6 +163,8 @@ def clip_grad_value_(
             p.grad = p.grad.coalesce()
     grads = [reference.values(g) for g in _grads(parameters)]
     _check_foreach(grads, foreach)
+    if grads and not torch.compiler.is_compiling() and gpu.clamp_(grads, clip_value):
+        return
     if grads and reference.takes_foreach([local(g) for g in grads], foreach):
         torch._foreach_clamp_min_(grads, -clip_value)
         torch._foreach_clamp_max_(grads, clip_value)
@@ -211,6 +214,9 @@ def _clip(
     _check_foreach(grads, foreach)
     if is_sharded(total_norm):
         total_norm = total_norm.full_tensor()
+    compiling = torch.compiler.is_compiling()
+    if not compiling and foreach is not False and gpu.clip_(grads, max_norm, total_norm):
+        return
     coef = reference.clip_coef(max_norm, total_norm)
     if not reference.is_one(coef):
         reference.scale_([local(g) for g in grads], coef, foreach)

@@ -1,4 +1,4 @@
-"""The kernels of an optimizer: each program is compiled once, and its first use is checked."""
+"""The kernels of an optimizer on a device: each is compiled once, and its first use is checked."""
 
 from __future__ import annotations
 
@@ -19,17 +19,24 @@ from compileclip.shadow import NotPointwiseError, failed
 from compileclip.work import Work
 
 
-class Kernels:
-    """Those of one optimizer on one target.
+class DeviceKernels:
+    """Those of one optimizer on one device.
 
     Attributes:
+        target: what runs them.
+        max_norm: the bound to which they clip, 0-dim float64 on the device.
         compilations: how many programs were compiled.
     """
 
     def __init__(self, optimizer: Optimizer, target: Target) -> None:
-        self.compilations = 0
-        self._optimizer, self._target = optimizer, target
+        self.compilations, self.target = 0, target
+        self.max_norm = torch.zeros((), dtype=torch.float64, device=target.device)
+        self._optimizer = optimizer
         self._compiled: dict[Any, Any] = {}
+
+    def knows(self, work: Work, kind: Kind) -> bool:
+        """Whether there is a kernel of this step of a bucket that has been checked."""
+        return (id(work.recording), kind) in work.kernels
 
     def of(
         self,
@@ -46,7 +53,7 @@ class Kernels:
             kind: what the kernel is to do besides.
             scalars: of this step.
             before: the bucket's ``values`` before this step.
-            read: what the kernel reads from memory.
+            read: what the kernel reads from memory, "norm" included.
 
         Raises:
             NotPointwiseError: it does not do what the optimizer's own step does.
@@ -55,7 +62,7 @@ class Kernels:
         """
         key = (id(work.recording), kind)
         if key not in work.kernels:
-            if self._target.is_capturing():
+            if self.target.is_capturing():
                 raise UnsupportedError("a step in a CUDA graph is another than all before it")
             kernel = self._kernel(work, kind)
             self._check(work, kernel, scalars, before, read)
@@ -69,7 +76,7 @@ class Kernels:
         done = (tuple(recording.calls), tuple(recording.after.items()))
         key = (*done, tuple(recording.counts.items()), tuple(dtypes.items()), kind)
         if key not in self._compiled:
-            self._compiled[key] = self._target.kernel(_assembled(recording, dtypes, kind))
+            self._compiled[key] = self.target.kernel(_assembled(recording, dtypes, kind))
             self.compilations += 1
         return self._compiled[key]
 
@@ -81,7 +88,7 @@ class Kernels:
         before: Mapping[str, Any],
         read: Mapping[str, Tensor],
     ) -> None:
-        args = (self._optimizer, work.bucket, self._target, kernel, scalars, before)
+        args = (self._optimizer, work.bucket, self.target, kernel, scalars, before)
         try:
             check(*args, {**read, **work.values})
         except NotPointwiseError:

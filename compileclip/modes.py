@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from compileclip import eager
 from compileclip.eager import Gradients, Scaler
 from compileclip.fallback import warn_fallback
+from compileclip.lowering import why_no_kernels
 from compileclip.settings import ClipSettings
 from compileclip.traced import can_undo
 
@@ -84,7 +85,7 @@ class Modes:
             refused = self.compiled is not None and self.compiled.refusal is not None
             return "eager" if refused else "inductor"
         if self.kernels is None:
-            return "multi_tensor" if param.device.type == "cpu" else "eager"
+            return "eager" if why_no_kernels(param.device) else "multi_tensor"
         return "multi_tensor" if self.kernels.serves_one(param) else "eager"
 
     @property
@@ -100,6 +101,10 @@ class Modes:
             return 'mode="eager" was asked for'
         if _disabled():
             return "COMPILECLIP_DISABLE=1 is set"
+        if settings.mode != "inductor" and self.kernels is None:
+            params = (p for group in self._optimizer.param_groups for p in group["params"])
+            devices = dict.fromkeys(p.device for p in params)
+            return next(filter(None, map(why_no_kernels, devices)), None)
         step = self.compiled if settings.mode == "inductor" else self.kernels
         return None if step is None or step.why_not is None else step.why_not[0]
 
@@ -139,12 +144,13 @@ class Modes:
         report: Callable[[Tensor], None],
     ) -> None:
         assert self.kernels is not None
-        norm = scaler.unscaled(self.kernels.total_norm(copies, settings.norm_type))
-        report(norm)
+        norm = self.kernels.norm(settings, copies, scaler)
+        report(norm.total)
         left = self.kernels.run(settings, copies, norm, scaler)
         if left:
             self._warn(settings)
-            self._eager(settings, Gradients(scaler.grad_scale, scaler.found_inf, left), norm)
+            grads = Gradients(scaler.grad_scale, scaler.found_inf, left)
+            self._eager(settings, grads, norm.value())
 
     def _warn(self, settings: ClipSettings) -> None:
         assert self.kernels is not None

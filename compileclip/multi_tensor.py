@@ -8,7 +8,6 @@ hyperparameter changed; a step that does other operations (RAdam's sixth) is ano
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,17 +18,19 @@ from compileclip.assemble import Kind
 from compileclip.buckets import StaleError
 from compileclip.eager import Scaler
 from compileclip.functional import get_total_norm
-from compileclip.kernels import Kernels
+from compileclip.kernels import DeviceKernels
+from compileclip.launching import keep, kernels_of, launch
 from compileclip.lowering import UnsupportedError, targets
 from compileclip.lowering.native import CompilerError
 from compileclip.passes.insert_norm_and_scale import InsertNormAndScale
 from compileclip.patience import Patience
 from compileclip.plan import Copied, Plan, staying
-from compileclip.serving import MOST_LOOKS, REASONS, why_not_captured, why_not_planned
+from compileclip.serving import MOST_LOOKS, REASONS, may_decide, why_not_captured, why_not_planned
 from compileclip.settings import ClipSettings
 from compileclip.shadow import failed
+from compileclip.step_norm import StepNorm
 from compileclip.traced import CannotCompileError
-from compileclip.work import Work, extend, restore, scalars_of
+from compileclip.work import Work, extend, restore_all, scalars_of
 
 OTHER_MODES = 'take mode="inductor" or mode="eager"'
 
@@ -44,13 +45,11 @@ class MultiTensorStep:
     def __init__(self, optimizer: Optimizer) -> None:
         self.refusal: CannotCompileError | None = None
         self._optimizer = optimizer
-        self._target: targets.Target = targets.Cpu()
-        self._kernels = Kernels(optimizer, self._target)
+        self._places: dict[torch.device, DeviceKernels] = {}
         self._plan: Plan | None = None
         self._works: list[Work] = []
         self._for_decisions = False  # whether the plan lets the device decide
-        self._max_norm = torch.zeros((), dtype=torch.float64, device="cpu")
-        self._filled: float | None = None  # what is in it
+        self._filled: float | None = None  # the bound that kernels find
         self._insert: InsertNormAndScale | None = None
         self._is_foreign = not eager.is_torchs_own(optimizer)
         self._scalars = foreign.scalars if self._is_foreign else scalars_of
@@ -62,7 +61,7 @@ class MultiTensorStep:
     @property
     def compilations(self) -> int:
         """How many programs were compiled."""
-        return self._kernels.compilations
+        return sum(place.compilations for place in self._places.values())
 
     @property
     def refused(self) -> list[tuple[Tensor, str]]:
@@ -88,13 +87,22 @@ class MultiTensorStep:
     @property
     def decides(self) -> bool:
         """Whether kernels find out by themselves that a step does not count; as of the last."""
-        return not self._target.waits and all(work.decides for work in self._works)
+        return not self._waits and all(work.decides for work in self._works)
+
+    @property
+    def _waits(self) -> bool:
+        """Whether the host is to wait for a device, as of the last plan."""
+        return not self._works or any(work.place.target.waits for work in self._works)
+
+    @property
+    def _is_capturing(self) -> bool:
+        return any(place.target.is_capturing() for place in self._places.values())
 
     def gather(self, settings: ClipSettings, scaler: Scaler) -> list[Copied] | None:
         """Look up the tensors of this step; None unless they are what they were in the last."""
-        if self._target.is_capturing() and self._why_not_captured(settings) is not None:
+        if self._is_capturing and self._why_not_captured(settings) is not None:
             return None
-        if self._decides(settings, scaler) and not self._for_decisions:
+        if not (self._for_decisions or self._waits) and may_decide(settings, scaler):
             return None
         copies = self._gather()
         if copies is not None and settings.write_grads:
@@ -102,12 +110,6 @@ class MultiTensorStep:
             if copies or not self._plan.may_write_grads():
                 return None  # these cannot be written without a closer look
         return copies
-
-    def _decides(self, settings: ClipSettings, scaler: Scaler) -> bool:
-        """Whether the device is to decide that a step does not count."""
-        return not self._target.waits and (
-            settings.nonfinite == "skip" or scaler.found_inf is not None
-        )
 
     def _gather(self) -> list[Copied] | None:
         if self._plan is None or self.refusal is not None or not self._plan.tables:
@@ -118,14 +120,14 @@ class MultiTensorStep:
             self._plan = None
             return None
         for work in self._works:
-            self._target.refresh(work.resident, work.table)
+            work.place.target.refresh(work.resident, work.table)
         return copies
 
     def plan(
         self, settings: ClipSettings, params: Sequence[Tensor], scaler: Scaler
     ) -> list[Copied] | None:
         """Sort ``params``, which have gradients, anew, and look up; None if none is served."""
-        capturing = self._target.is_capturing()
+        capturing = self._is_capturing
         self._for_now = self._why_not_captured(settings) if capturing else None
         if self.refusal is not None or self._for_now is not None:
             return None
@@ -138,7 +140,7 @@ class MultiTensorStep:
         self._fresh = [p for p in params if not self._optimizer.state.get(p)]
         traced.initialize_state(self._optimizer, with_grad=True, capturable=False)
         try:
-            self._make_plan(params, self._decides(settings, scaler))
+            self._make_plan(params, may_decide(settings, scaler))
         except Exception as error:
             self._forget_fresh()
             self._refuse(error if isinstance(error, REASONS) else failed(error))
@@ -146,14 +148,26 @@ class MultiTensorStep:
         return self._gather()
 
     def _make_plan(self, params: Sequence[Tensor], decides: bool) -> None:
-        self._set_target(params[0].device)
+        for device in {p.device for p in params} - self._places.keys():
+            self._places[device] = DeviceKernels(self._optimizer, targets.of(device))
+            self._filled = None
+        waits = any(self._places[p.device].target.waits for p in params)
         self._for_decisions = decides
-        stays = set() if self._target.waits else staying(self._optimizer, decides)
+        stays = set() if waits else staying(self._optimizer, decides)
         self._plan = plan = Plan(self._optimizer, params, stays)
         looks = len(plan.tables) * len(self._optimizer.param_groups)
         if self._is_foreign and looks > MOST_LOOKS:
             raise UnsupportedError(f"there are {len(self._optimizer.param_groups)} groups")
-        self._works = [Work(self._optimizer, table, self._target) for table in plan.tables]
+        if plan.refused and decides and not waits and eager.takes_grad_scale(self._optimizer):
+            raise UnsupportedError(
+                "the device is to decide whether a step counts, which torch's fused kernels do for "
+                f"all parameters, and kernels here not for {len(plan.refused)} of them: "
+                f"{plan.refused[0][1]}"
+            )
+        self._works = [
+            Work(self._optimizer, table, self._places[table.bucket.params[0].device])
+            for table in plan.tables
+        ]
 
     def _forget_fresh(self) -> None:
         """Take back the state that was made for a step that does not count."""
@@ -166,33 +180,28 @@ class MultiTensorStep:
     def _why_not_captured(self, settings: ClipSettings) -> str | None:
         return why_not_captured(settings, self._plan, self._works, self._filled)
 
-    def _set_target(self, device: torch.device) -> None:
-        if self._target.device != device:
-            self._target = targets.of(device)
-            self._max_norm, self._filled = self._max_norm.to(device), None
-            self._kernels = Kernels(self._optimizer, self._target)
-
-    def total_norm(self, copies: Sequence[Copied], norm_type: float) -> Tensor:
+    def norm(self, settings: ClipSettings, copies: Sequence[Copied], scaler: Scaler) -> StepNorm:
         """The norm of all gradients, those of parameters that are not served included."""
         plan = self._plan
         assert plan is not None
-        if not plan.refused and not copies:
-            norm = self._target.total_norm(plan, self._works, norm_type)
+        places = {work.place.target for work in self._works}
+        if not plan.refused and not copies and len(places) == 1:
+            (target,) = places
+            norm = target.total_norm(plan, self._works, settings.norm_type)
             if norm is not None:
-                return norm
-        for work in self._works:
-            work.bucket.look()
-        return get_total_norm([p.grad for p in plan.params if p.grad is not None], norm_type)
+                return StepNorm(norm, scaler)
+        grads = [p.grad for p in plan.params if p.grad is not None]
+        return StepNorm(targets.Ended(get_total_norm(grads, settings.norm_type)), scaler)
 
     def run(
-        self, settings: ClipSettings, copies: Sequence[Copied], norm: Tensor, scaler: Scaler
+        self, settings: ClipSettings, copies: Sequence[Copied], norm: StepNorm, scaler: Scaler
     ) -> list[Tensor]:
         """Clip and step, or leave everything as it is.
 
         Args:
             settings: how to clip.
             copies: what ``gather`` or ``plan`` returned.
-            norm: the total norm of all gradients.
+            norm: the total norm of all gradients, which is ended here.
             scaler: what a ``GradScaler`` says of them.
 
         Returns:
@@ -207,17 +216,20 @@ class MultiTensorStep:
         try:
             stepped = self._step(settings, copies, norm, scaler)
         except REASONS as reason:
-            if self._target.is_capturing():
+            if self._is_capturing:
                 self._for_now = str(reason)
             else:
                 self._refuse(reason)
             return plan.params
+        finally:
+            norm.value()  # where nothing was launched
         return [p for p, _ in plan.refused] if stepped else []
 
     def set_bound(self, max_norm: float | None) -> None:
         """Have kernels clip to ``max_norm``, those of a CUDA graph too; nothing waits."""
-        if max_norm not in (None, self._filled) and not self._target.is_capturing():
-            self._max_norm.fill_(max_norm)
+        if max_norm not in (None, self._filled) and not self._is_capturing:
+            for place in self._places.values():
+                place.max_norm.fill_(max_norm)
             self._filled = max_norm
 
     def _pass(self, settings: ClipSettings) -> InsertNormAndScale:
@@ -234,56 +246,45 @@ class MultiTensorStep:
             self.refusal = CannotCompileError(str(reason), OTHER_MODES)
 
     def _step(
-        self, settings: ClipSettings, copies: Sequence[Copied], norm: Tensor, scaler: Scaler
+        self, settings: ClipSettings, copies: Sequence[Copied], norm: StepNorm, scaler: Scaler
     ) -> bool:
         """Step; False where the step does not count."""
         saved = [dict(work.bucket.values) for work in self._works]
         try:
             scalars = self._scalars(self._optimizer, self._works, saved)
-            kind = self._kind(settings, norm, scaler)
-            decided = kind.finite or kind.found_inf  # by the kernels
-            stepped = decided or eager.counts(settings, scaler.found_inf, norm)
+            kind = self._kind(settings, norm.total, scaler)
+            stepped = self._counts(settings, kind, norm, scaler)
             if stepped:
-                read = {"max_norm": self._max_norm, "norm": norm, **scaler.on(norm.device)}
-                kernels = [
-                    self._kernels.of(work, kind, found, before, read)
-                    for work, found, before in zip(self._works, scalars, saved, strict=True)
-                ]
+                kernels = kernels_of(self._works, kind, scalars, saved, norm, scaler)
                 if any(work.made for work in self._works):
                     self._plan = None  # there will be more state
-                    extend(self._works, self._target)
+                    extend(self._works)
         except BaseException:
-            self._restore(saved)
+            restore_all(self._works, saved)
             self._forget_fresh()
             raise
         if not stepped:
-            self._restore(saved)
+            restore_all(self._works, saved)
             self._forget_fresh()
             return False
-        if self._target.is_capturing():
-            self._captured.append((self._plan, self._works, self._max_norm))
-        # Last in the norm, first in the update: what was read last is still in the cache.
-        for work, kernel, found in reversed(list(zip(self._works, kernels, scalars, strict=True))):
-            args = (kernel, work.resident, work.extent, found, {**read, **work.values})
-            self._target.launch(*args, work.bucket.counts)
-            work.table.note_written(grads=kind.insert.write_grads)
+        if self._is_capturing:
+            self._captured.append((self._plan, self._works, self._places))
+        launch(self._works, kernels, scalars, kind, norm, scaler)
         if kind.insert.write_grads:
             for each in copies:
                 each.grad.copy_(each.copy)
-        groups = self._optimizer.param_groups
-        for index, changes in self._works[0].elsewhere.items():
-            if all(work.bucket.group != index for work in self._works):  # these know by themselves
-                groups[index].update(changes)
-        for work in self._works:
-            work.bucket.advance(work.state)
-            groups[work.bucket.group].update(work.changes)
+        keep(self._optimizer, self._works)
         self._fresh = []
         self._patience.note_step()
         return True
 
-    def _restore(self, saved: Sequence[dict[str, Any]]) -> None:
-        for work, before in zip(self._works, saved, strict=True):
-            restore(work.bucket.leader, before)
+    def _counts(self, settings: ClipSettings, kind: Kind, norm: StepNorm, scaler: Scaler) -> bool:
+        """Whether the step counts, as far as the host is to know."""
+        if kind.finite or kind.found_inf:  # the kernels decide
+            return True
+        if settings.nonfinite == "propagate" and scaler.found_inf is None:
+            return True
+        return eager.counts(settings, scaler.found_inf, norm.value())
 
     def _kind(self, settings: ClipSettings, norm: Tensor, scaler: Scaler) -> Kind:
         decides = self.decides and not self.refused and settings.nonfinite != "raise"

@@ -38,7 +38,6 @@ class Plan:
         sizes: the elements of each served parameter.
         first_chunk: the number of chunks before each, and in all.
         dtypes: of the gradients.
-        words: what a target keeps here for its norm, or None.
 
     Raises:
         UnsupportedError: as ``Table``.
@@ -71,7 +70,6 @@ class Plan:
         self._nbytes = torch.tensor(nbytes, dtype=torch.int64, device="cpu")
         place = {p: i for i, p in enumerate(served)}
         self.tables = [Table(b, [place[p] for p in b.params], self.grads) for b in buckets]
-        self.words: Tensor | None = None
         self._surroundings = Surroundings(optimizer, without)
 
     def gather(self) -> list[Copied]:
@@ -106,7 +104,9 @@ def staying(optimizer: Optimizer, decides: bool) -> set[int]:
     """The parameter groups, by index, whose step counts are to stay on the device.
 
     They can where a step can run with ``capturable=True``. They are to where it does, where the
-    device ``decides`` that a step does not count, and where something of theirs is there already.
+    device ``decides`` that a step does not count, and where the optimizer's own step would leave
+    numbers there: step counts of fused kernels, a learning rate that is a tensor. (ASGD keeps its
+    counts there too, but asks for them at each step.)
     """
     return {
         i
@@ -116,7 +116,8 @@ def staying(optimizer: Optimizer, decides: bool) -> set[int]:
 
 
 def _is_there(optimizer: Optimizer, group: dict[str, Any]) -> bool:
-    states = (optimizer.state.get(p, {}) for p in group["params"])
+    params = group["params"] if group.get("fused") else ()
+    states = (optimizer.state.get(p, {}) for p in params)
     numbers = (v for held in (group, *states) for v in held.values() if isinstance(v, Tensor))
     return any(v.dim() == 0 and v.device.type != "cpu" for v in numbers)
 

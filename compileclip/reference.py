@@ -19,6 +19,7 @@ from torch.utils._foreach_utils import (
     _group_tensors_by_device_and_dtype,
 )
 
+from compileclip.lowering import gpu
 from compileclip.lowering import norm as native_norm
 from compileclip.lowering import scale as native_scale
 from compileclip.lowering.plain import runs_for_real
@@ -50,8 +51,9 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     the rounding of long sums does not show. Gradients that reach further than the sums do (float64,
     or a large p) are first scaled by a power of two, which is exact.
 
-    On a CPU a native kernel takes the norms that it serves; float32 ones of p = 2 are the same
-    but for the order of the sums in float64.
+    A kernel of ours takes the norms that it serves: on a CPU a native one, where float32 norms of
+    p = 2 are the same but for the order of the sums in float64, and on a GPU the one of mode
+    ``multi_tensor``, so that a mode does not change the norm.
 
     Args:
         tensors: at least one tensor, floating point or complex, of any shape, dtype and device.
@@ -61,7 +63,15 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
         A 0-dim tensor on the device of the first tensor, in ``norm_dtype(tensors)``.
     """
     native = native_norm.total_norm(tensors, norm_type)
-    return native if native is not None else _total_norm(tensors, norm_type)
+    if native is None:
+        native = gpu.total_norm(tensors, norm_type)
+    if native is not None:
+        return native
+    devices = dict.fromkeys(t.device for t in tensors)
+    if len(devices) == 1 or norm_type not in gpu.ORDERS:
+        return _total_norm(tensors, norm_type)
+    each = [total_norm([t for t in tensors if t.device == d], norm_type) for d in devices]
+    return _total_norm([n.to(tensors[0].device) for n in each], norm_type).to(norm_dtype(tensors))
 
 
 @torch.no_grad()
@@ -109,14 +119,12 @@ def is_one(scale: Tensor) -> bool:
 def scale_(tensors: Sequence[Tensor], scale: Tensor, foreach: bool | None = None) -> None:
     """Multiply ``tensors`` in place by ``scale``, a 0-dim real tensor.
 
-    ``foreach`` is as in torch. On a CPU a native kernel takes what it serves, but for ``False``.
+    ``foreach`` is as in torch. Kernels of ours take what they serve, but for ``False``.
     float16 and bfloat16 tensors are multiplied by ``scale`` in float32 and rounded once; torch's
     ``mul_`` on a GPU would round ``scale`` to their dtype first.
     """
     compiling = torch.compiler.is_compiling()
-    if not tensors or (
-        not compiling and foreach is not False and native_scale.scale_(tensors, scale)
-    ):
+    if not tensors or (not compiling and foreach is not False and _scaled(tensors, scale)):
         return
     # Scaling is linear, so the values of a sparse tensor need not be coalesced for it.
     dense = [t._values() if t.layout == torch.sparse_coo else t for t in tensors]
@@ -140,6 +148,10 @@ def scale_(tensors: Sequence[Tensor], scale: Tensor, foreach: bool | None = None
         else:
             for t in group:
                 t.mul_(factor)
+
+
+def _scaled(tensors: Sequence[Tensor], scale: Tensor) -> bool:
+    return native_scale.scale_(tensors, scale) or gpu.scale_(tensors, scale)
 
 
 def _multiply_widened(group: Sequence[Tensor], factor: Tensor) -> None:

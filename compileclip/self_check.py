@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from compileclip import reference
 from compileclip.buckets import Bucket
-from compileclip.lowering.targets import Target
+from compileclip.lowering.targets import Ended, Target
 from compileclip.shadow import NotPointwiseError
 from compileclip.traced import raw_step
 from compileclip.work import tensors
@@ -55,7 +55,9 @@ def check(
     # What decides that a step does not count would leave nothing to compare.
     norm = torch.where(values["norm"].isfinite(), values["norm"], 1.0)
     values = {**values, "norm": norm, "found_inf": torch.zeros_like(norm, dtype=torch.float32)}
-    others = tensors(bucket.leader, before) | {k: v.clone() for k, v in bucket.seen.items()}
+    staying = bucket.counts if bucket.stays else {}
+    others = tensors(bucket.leader, before)
+    others |= {k: v.view(-1)[0].clone() for k, v in staying.items()}
 
     theirs = _Copies(params, states, others)
     factor = _factor(kernel, values)
@@ -69,17 +71,19 @@ def check(
     columns = [ours.column(name, kernel) for name in names]
     table = _Table(array("Q", [tensor.data_ptr() for column in columns for tensor in column]))
     extent = target.extent(array("q", map(Tensor.numel, ours.params)))
-    counts = {k: v.new_zeros(len(params)) for k, v in bucket.seen.items()}
-    target.launch(kernel, target.resident(table), extent, scalars, values, counts)
+    counts = {k: v.new_zeros(len(params)) for k, v in staying.items()}
+    target.launch(kernel, target.resident(table), extent, scalars, values, counts, Ended(norm))
+    # Powers of a count on the device are taken in its dtype, by another library than torch's.
+    close = max((CLOSE[c.dtype] for c in staying.values() if c.dtype in CLOSE), default=0.0)
     for name in kernel.program.counted:
         for mine, state in zip(counts[name], theirs.states, strict=True):
-            _compare(name, mine, state[name], others[name])
+            _compare(name, mine, state[name], others[name], close)
     for node, name, column in zip(operands, names, columns, strict=True):
         if node.name not in kernel.program.stored:
             continue
         for i, (mine, other) in enumerate(zip(column, theirs.column(name, kernel), strict=True)):
             was = params[i] if name == "param" else states[i].get(name, other)
-            _compare(name, mine, other, was)
+            _compare(name, mine, other, was, close)
 
 
 @dataclass
@@ -146,13 +150,14 @@ class _Copies:
         return [state[name] for state in self.states]
 
 
-def _compare(name: str, ours: Tensor, theirs: Tensor, before: Tensor) -> None:
+def _compare(name: str, ours: Tensor, theirs: Tensor, before: Tensor, least: float) -> None:
     a, b = ours.double(), theirs.double()
     finite = b.isfinite()
     # What a step nearly cancels has the rounding errors of what was there before.
     largest = torch.maximum(b.abs(), before.detach().double().abs().nan_to_num())
     scale = largest[finite].max().item() if finite.any() else 1.0
-    far = ((a - b).abs() > CLOSE[theirs.dtype] * max(scale, 1e-30)) & finite
+    close = max(CLOSE[theirs.dtype], least)
+    far = ((a - b).abs() > close * max(scale, 1e-30)) & finite
     if far.any() or not torch.equal(a.isfinite(), finite):
         raise NotPointwiseError(
             f"the compiled step makes another {name!r} of a parameter of shape "

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from compileclip import kept
-from compileclip.lowering import UnsupportedError
+from compileclip.eager import Scaler
+from compileclip.lowering import UnsupportedError, why_no_kernels
 from compileclip.lowering.native import CompilerError
 from compileclip.plan import Plan
 from compileclip.settings import ClipSettings
@@ -27,13 +28,12 @@ def why_not_planned(
     optimizer: Optimizer, settings: ClipSettings, params: Sequence[Tensor]
 ) -> str | None:
     """Why ``params``, which have gradients, are not to be sorted into buckets."""
-    devices = {p.device for p in params}
-    if len(devices) > 1:
-        return "parameters lie on several devices"
-    device = devices.pop()
-    if device.type != "cpu" and (settings.mode == "auto" or device.type != "cuda"):
-        return "parameters lie on another device than the CPU"
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    devices = dict.fromkeys(p.device for p in params)
+    reasons = filter(None, map(why_no_kernels, devices))
+    for reason in reasons:
+        return reason
+    capturing = "cuda" in {d.type for d in devices} and torch.cuda.is_current_stream_capturing()
+    if capturing:
         return "a CUDA graph is being captured, before any step that was not"
     if torch.is_inference_mode_enabled():
         return "torch.inference_mode() is on, in which new state would stay unusable elsewhere"
@@ -57,6 +57,8 @@ def why_not_captured(
         return "a CUDA graph is being captured, before any step that was not"
     if settings.nonfinite == "raise":
         return 'a CUDA graph is being captured, in which nonfinite="raise" cannot be'
+    if len({work.place for work in works}) > 1:
+        return "a CUDA graph is being captured, and parameters lie on several devices"
     if plan.refused:
         return "a CUDA graph is being captured, and not all parameters are served"
     if settings.max_norm not in (None, bound):
@@ -64,3 +66,8 @@ def why_not_captured(
     if not all(work.decides for work in works):
         return "a CUDA graph is being captured, which would repeat this step's count"
     return None
+
+
+def may_decide(settings: ClipSettings, scaler: Scaler) -> bool:
+    """Whether a device that can is to decide that a step does not count."""
+    return settings.nonfinite == "skip" or scaler.found_inf is not None

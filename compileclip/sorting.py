@@ -112,7 +112,7 @@ def _kind(p: Tensor, state: dict[str, Any], group: int, known: Mapping[int, floa
         else:
             raise NotServedError(f"the state {name!r} is not shaped as its parameter")
     values = tuple((name, v.dtype, v.device, known[id(v)]) for name, v in counts.items())
-    key = (group, tuple(dtypes.items()), values, tuple(numbers))
+    key = (group, p.device, tuple(dtypes.items()), values, tuple(numbers))
     return key, (dtypes, counts, tuple(name for name, *_ in numbers))
 
 

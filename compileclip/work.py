@@ -26,7 +26,7 @@ from compileclip.shadow import (
 )
 
 if TYPE_CHECKING:
-    from compileclip.lowering.targets import Target
+    from compileclip.kernels import DeviceKernels
 
 NUMBER = (bool, int, float, type(None))  # in state
 # A step that decides otherwise every few steps would cost more than it saves.
@@ -38,6 +38,7 @@ class Work:
 
     Attributes:
         table: the bucket's, and its addresses.
+        place: the device that it is on.
         extent: its sizes, as the target's launches take them.
         resident: its table, likewise.
         shadow: steps in the place of the bucket's parameters.
@@ -48,9 +49,10 @@ class Work:
         kernels: for what it has done so far.
     """
 
-    def __init__(self, optimizer: Optimizer, table: Table, target: Target) -> None:
-        self.table = table
-        self.extent, self.resident = target.extent(table.bucket.sizes), target.resident(table)
+    def __init__(self, optimizer: Optimizer, table: Table, place: DeviceKernels) -> None:
+        self.table, self.place = table, place
+        self.extent = place.target.extent(table.bucket.sizes)
+        self.resident = place.target.resident(table)
         self._optimizer = optimizer
         self._start()
 
@@ -101,7 +103,7 @@ class Work:
             return {}
         names = self._on_device.hyperparameters
         given: dict[str, Tensor] = {HYPERPARAMETER + k: self._group[k] for k in names}
-        return {COUNT + k: v for k, v in (self.bucket.seen | given).items()}
+        return {COUNT + k: v for k, v in (self.bucket.counts | given).items()}
 
     def scalars(self, before: Mapping[str, Any]) -> list[float]:
         """Those of this step, in the quickest way; what the leader's tensors are then is open.
@@ -238,6 +240,12 @@ def restore(leader: Mapping[str, Any], before: Mapping[str, Any]) -> None:
             leader[name].fill_(value)
 
 
+def restore_all(works: Sequence[Work], saved: Sequence[Mapping[str, Any]]) -> None:
+    """Write the values of each bucket before a step back."""
+    for work, before in zip(works, saved, strict=True):
+        restore(work.bucket.leader, before)
+
+
 def tensors(leader: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
     """Tensors like those of ``leader`` with the values of ``before``."""
     return {
@@ -246,7 +254,7 @@ def tensors(leader: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, A
     }
 
 
-def extend(works: Sequence[Work], target: Target) -> None:
+def extend(works: Sequence[Work]) -> None:
     """Allocate the state that this step makes, all of it or none."""
     tables = [work.table for work in works]
     news = [work.made for work in works]
@@ -254,8 +262,7 @@ def extend(works: Sequence[Work], target: Target) -> None:
         for work, made in zip(works, news, strict=True):
             if made:
                 work.table = work.table.extended(work.bucket.extended(made))
-                work.resident = target.resident(work.table)
-                work.bucket.look()
+                work.resident = work.place.target.resident(work.table)
     except BaseException:
         for work, table, names in zip(works, tables, news, strict=True):
             work.table = table

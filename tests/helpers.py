@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 
 def params_like(shapes: Iterable[Sequence[int]], dtype: torch.dtype = torch.float32) -> list[Any]:
-    return [torch.nn.Parameter(torch.randn(*s, dtype=torch.float64).to(dtype)) for s in shapes]
+    drawn = (torch.randn(tuple(s), dtype=torch.float64) for s in shapes)
+    return [torch.nn.Parameter(t.to(dtype)) for t in drawn]
 
 
 def set_grads(params: Iterable[Tensor], seed: int, scale: float = 1.0) -> None:

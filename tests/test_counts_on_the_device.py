@@ -101,7 +101,8 @@ def test_hyperparameters_and_the_bound_change_without_a_compilation(device: str)
     kernels = ours._modes.kernels
     assert kernels.compilations == 1
     ours.max_norm = 7.5  # as a captured step is to see it
-    assert kernels._max_norm.item() == 7.5
+    (place,) = kernels._places.values()
+    assert place.max_norm.item() == 7.5
 
 
 def test_a_learning_rate_on_the_device(device: str) -> None:

@@ -26,7 +26,7 @@ def test_what_is_captured_reads_nothing_of_the_host(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As far as that can be seen without a CUDA graph: no copies, no counts, no decisions."""
-    from compileclip.lowering import triton
+    from compileclip.lowering import triton_lists
 
     ours, theirs = twins(maker("AdamW", capturable=True), device, nonfinite="skip")
     for seed in range(2):
@@ -36,7 +36,7 @@ def test_what_is_captured_reads_nothing_of_the_host(
     give((ours, theirs), 2)
     with no_fallback(), no_wait(ours), pytest.MonkeyPatch.context() as patch:
         patch.setattr(targets.Gpu, "is_capturing", lambda _: True)
-        patch.setattr(triton, "pinned", None)
+        patch.setattr(triton_lists, "pinned", None)
         ours.step()
     theirs.step()
     check(ours, theirs)
@@ -54,11 +54,11 @@ def test_what_a_graph_reads_outlives_another_plan(device: str) -> None:
         patch.setattr(targets.Gpu, "is_capturing", lambda _: True)
         ours.step()
     (work,) = kernels._works
-    bucket, words = work.bucket, kernels._plan.words
-    read = [work.resident, *work.extent.values(), *bucket.counts.values(), *bucket.seen.values()]
-    alive = [weakref.ref(t) for t in (*read, words)]
+    bucket, extent = work.bucket, work.extent
+    read = [work.resident, extent.sizes, extent.blocks, extent.chunks, *extent._slots.values()]
+    alive = [weakref.ref(t) for t in (*read, *bucket.counts.values(), work.place.max_norm)]
     counts = [state["step"].data_ptr() for state in ours.state.values()]
-    del work, bucket, words, read
+    del work, bucket, extent, read
     ours.state[all_params(ours)[0]]["step"].add_(0)  # somebody wrote there
     give((ours, theirs), 3)
     ours.step()

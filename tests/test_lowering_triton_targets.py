@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton")
 from lowering_operations import CASES, LIBRARY, SCALARS, Build
@@ -27,10 +26,11 @@ from optimizer_programs import (
 )
 from torch.fx import Proxy
 from triton_runs import INTERPRETED
-from triton_targets import TARGETS, Code, compile_for, compile_program, options_for
+from triton_targets import TARGETS, Code, compile_for, compile_once, compile_program, options_for
 
-from compileclip.lowering import triton_norm
-from compileclip.lowering.triton import ARGUMENTS, BLOCK, Kernel, _writer, block_list
+from compileclip.lowering import triton_norm, triton_norm_kernels
+from compileclip.lowering.triton import BLOCK, Kernel, Tables
+from compileclip.lowering.triton_lists import ARGUMENTS, _writer, block_list, on_device
 from compileclip.program import Program, dtype_of
 
 if INTERPRETED:
@@ -78,13 +78,10 @@ def test_step_counts_on_the_device(target: str) -> None:
     made = program_on_a_gpu("AdamW", F32)
     assert made.counted == ("step",)
     assert made.conditional
-    code = compile_program(target, made)
-    check_update(made, code)
-    if target.startswith("sm"):  # of more than 2**21 programs, 32 bits would hold no first element
-        numbers = re.findall(r"mov\.[ub]32\s+(%r\d+), %n?ctaid\.x;", code.text)
-        assert len(numbers) >= 2
-        for number in numbers:
-            assert not re.findall(rf"(?:shl|mul\.lo)\.\w+\s+%r\d+, {number},", code.text)
+    check_update(made, compile_program(target, made))
+    once = compile_once(target, made)
+    assert once.kernels == 1
+    assert once.spilled == 0
 
 
 @pytest.mark.sweep
@@ -147,9 +144,9 @@ def test_norm(dtype: torch.dtype, order: str, target: str) -> None:
     shares, numbers = torch.zeros(3, 1, dtype=F64), torch.zeros(1, dtype=torch.int64)
     first = compile_for(
         target,
-        triton_norm._take_shares,
-        *(numbers, numbers, block_list([1]), shares, 0, 1),
-        DTYPE=triton_norm._TYPES[dtype],
+        triton_norm_kernels.take_shares,
+        *(numbers, numbers, block_list([1], 1), shares, 0, 1),
+        DTYPE=triton_norm.TYPES[dtype],
         WIDE=triton_norm._wide(dtype, math.inf if order == "max" else 1.0),
         CHUNK=triton_norm.CHUNK,
         **constants,
@@ -157,10 +154,10 @@ def test_norm(dtype: torch.dtype, order: str, target: str) -> None:
     )
     second = compile_for(
         target,
-        triton_norm._add_shares,
-        *(shares, torch.zeros(()), 1, numbers, 1),
+        triton_norm_kernels.add_shares,
+        *(shares, torch.zeros(()), 1),
         **constants,
-        **triton_norm._SECOND,
+        **triton_norm.SECOND,
     )
     for code in (first, second):
         assert code.kernels == 1
@@ -168,7 +165,7 @@ def test_norm(dtype: torch.dtype, order: str, target: str) -> None:
         assert not re.findall(r"\b(?:atom|red)\.|global_atomic|\.local|scratch_", code.text)
     assert set(first.widest.accesses) == {("load", 128)}
     threads = triton_norm._FIRST["num_warps"] * TARGETS[target].warp_size
-    step = triton_norm._STEP.value * dtype.itemsize
+    step = triton_norm_kernels.STEP.value * dtype.itemsize
     wide, each = first.accesses.count(("load", 128)), step // threads // 16
     if target.startswith("gfx"):  # triton 3.8 unrolls the loop there
         assert wide >= each
@@ -197,11 +194,16 @@ def test_how_many_kernels_a_step_has(count: int, monkeypatch: pytest.MonkeyPatch
     rows = [[torch.zeros(3) for _ in range(count)] for _ in made.operands]
     table = torch.tensor([[t.data_ptr() for t in row] for row in rows])
     kernel, norm, update = Kernel(made), Counter(), Counter()
-    for name in ("_take_shares", "_add_shares"):
+    for name in ("take_shares", "add_shares"):
         monkeypatch.setattr(triton_norm, name, norm)
-    kernel._step = update
-    values: list[Tensor] = [torch.zeros(()) for _ in made.values]
-    triton_norm.total_norm(rows[1], 2.0)
-    sizes = torch.full((count,), 3)
-    kernel(table, sizes, block_list(sizes.tolist()), [1.0] * len(made.scalars), values)
-    assert (norm.launches, update.launches) == (2, 1)
+    once = Counter()
+    kernel._once, kernel._step = once, update
+    sizes, chunks = triton_norm.chunks((3,) * count, torch.device("cpu"))
+    lists = [triton_norm.List(on_device(table[1].tolist(), table.device), sizes, chunks, F32)]
+    blocks = block_list(sizes.tolist(), BLOCK)
+    tables = Tables(table, sizes, blocks, torch.zeros(kernel.slots, dtype=torch.int64))
+    shares = triton_norm.Shares(lists, 2.0)
+    kernel(tables, [1.0] * len(made.scalars), {}, {}, shares)
+    assert (norm.launches, once.launches, update.launches) == (1, 1, 1)
+    assert shares.end() is shares.total
+    assert norm.launches == 1

@@ -17,7 +17,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from compileclip.lowering.triton import AMD_OPTIONS, BLOCK, OPTIONS, block_list, load, source
+from compileclip.lowering.triton import AMD_OPTIONS, BLOCK, OPTIONS
+from compileclip.lowering.triton_lists import block_list
+from compileclip.lowering.triton_module import load
+from compileclip.lowering.triton_norm import SECOND
+from compileclip.lowering.triton_source import source
 from compileclip.program import Program, dtype_of
 
 TARGETS = {
@@ -97,19 +101,30 @@ def compile_for(target: str, kernel: Any, *arguments: Any, **options: Any) -> Co
 
 
 def compile_program(target: str, made: Program) -> Code:
-    """What a launch of a program's kernel over one tensor would compile."""
-    scalars = [n.meta["val"] for n in made.scalars]
-    values = [torch.zeros((), dtype=n.meta["val"].dtype) for n in made.values]
+    """What an update of one tensor would compile."""
     table, sizes = torch.zeros(len(made.operands), 1, dtype=torch.int64), torch.zeros(1).long()
-    step = load(source(made)).compileclip_step
-    counts = [torch.zeros(1, dtype=dtype_of(n)) for n in made.counts]
-    arguments = (table, sizes, block_list([1]), 1, *values, *counts, *scalars)
+    step = load(source(made).text).compileclip_step
+    arguments = (table, sizes, block_list([1], BLOCK), torch.zeros(9).long(), 1)
     return compile_for(target, step, *arguments, BLOCK=BLOCK, **options_for(target))
+
+
+def compile_once(target: str, made: Program) -> Code:
+    """What is compiled of a program for what is one for all tensors."""
+    scalars = [n.meta["val"] for n in made.scalars]
+    values = [torch.zeros((), dtype=dtype_of(n)) for n in made.values if n.target != "norm"]
+    norm = next((dtype_of(n) for n in made.values if n.target == "norm"), torch.float32)
+    counts = [torch.zeros(1, dtype=dtype_of(n)) for n in made.counts]
+    shares, total = torch.zeros(1, 1).double(), torch.zeros((), dtype=norm)
+    given = (shares, total, 1, torch.zeros(9).long(), 1, *values, *counts, *scalars)
+    constants = {"ORDER": "squares", "SCALED": norm == torch.float64}
+    once = load(source(made).text).compileclip_once
+    return compile_for(target, once, *given, **constants, **SECOND)
 
 
 def options_for(target: str) -> dict[str, Any]:
     """Those of a launch there."""
-    return AMD_OPTIONS if target.startswith("gfx") else OPTIONS
+    amd = target.startswith("gfx")
+    return {**(AMD_OPTIONS if amd else OPTIONS), "PACKED": not amd}
 
 
 class _Driver(offline_cuda._Driver):

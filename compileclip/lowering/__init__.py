@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 
 import torch
 
+SERVED = ("cpu", "cuda")  # types of devices that have kernels
 CHUNK = 16384  # elements that one turn of a CPU thread works through; the norm splits alike
 
 
 class UnsupportedError(ValueError):
     """A program holds an operation or a dtype that a lowering has no code for."""
+
+
+def why_no_kernels(device: torch.device) -> str | None:
+    """Why nothing on ``device`` has kernels, as far as that is known at once."""
+    if device.type not in SERVED:
+        return f"there are no kernels for {device.type} tensors"
+    if device.type == "cuda" and not has_triton():
+        return "triton is not installed"
+    return None
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton can be imported; it is not."""
+    return importlib.util.find_spec("triton") is not None
 
 
 _forked = False

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 # What kernels call the dtypes.
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_PLAIN = {Tensor, Parameter}
+PLAIN = {Tensor, Parameter}
 _is_cpu = attrgetter("is_cpu")
 is_dense = torch.ops.aten.is_non_overlapping_and_dense.default
 
@@ -21,7 +21,7 @@ is_dense = torch.ops.aten.is_non_overlapping_and_dense.default
 def serves(tensors: Sequence[Tensor]) -> bool:
     """Whether ``tensors`` are plain ones on a CPU, and native code may replace torch's."""
     return (
-        _PLAIN.issuperset(map(type, tensors))
+        PLAIN.issuperset(map(type, tensors))
         and all(map(_is_cpu, tensors))
         and runs_for_real()
         and os.environ.get("COMPILECLIP_DISABLE") != "1"

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from compileclip.fallback import warn_fallback
-from compileclip.lowering import UnsupportedError, cpp, norm, threads
+from compileclip.lowering import UnsupportedError, cpp, norm, threads, why_no_kernels
 from compileclip.program import Program
 
 if TYPE_CHECKING:
@@ -24,6 +24,30 @@ class Addresses(Protocol):
 
     addresses: array[int]
     grads: slice
+
+
+class Norm(Protocol):
+    """A total norm, which the first kernel of an update may be left to end.
+
+    Attributes:
+        total: 0-dim; holds the norm, in the order of what is launched, once it is ended.
+    """
+
+    total: Tensor
+
+    def end(self) -> Tensor:
+        """``total``, ended now if it was not."""
+
+
+@dataclass
+class Ended:
+    """A norm that is there."""
+
+    total: Tensor
+
+    def end(self) -> Tensor:
+        """See ``Norm``."""
+        return self.total
 
 
 class Target(Protocol):
@@ -60,6 +84,7 @@ class Target(Protocol):
         scalars: Sequence[float],
         values: Mapping[str, Tensor],
         counts: Mapping[str, Tensor],
+        norm: Norm,
     ) -> None:
         """Run a kernel on a bucket, in place.
 
@@ -68,15 +93,14 @@ class Target(Protocol):
             resident: what ``resident`` returned.
             extent: what ``extent`` returned.
             scalars: of the program, in their order.
-            values: 0-dim tensors on ``device`` by their names in the program.
+            values: tensors on ``device`` by their names in the program, of which the first element
+                counts; all but the norm.
             counts: of what the program counts, the tensors to store it to, by name.
+            norm: the total norm, on ``device``; ended afterwards.
         """
 
-    def total_norm(self, plan: Plan, works: Sequence[Work], norm_type: float) -> Tensor | None:
-        """The norm of all gradients of the buckets of ``plan``; None where there is no kernel.
-
-        Where there is, the counts of the buckets that stay on the device are ``seen`` as well.
-        """
+    def total_norm(self, plan: Plan, works: Sequence[Work], norm_type: float) -> Norm | None:
+        """The norm of all gradients of the buckets of ``plan``; None where there is no kernel."""
 
 
 def of(device: torch.device) -> Target:
@@ -85,13 +109,10 @@ def of(device: torch.device) -> Target:
     Raises:
         UnsupportedError: there is none.
     """
-    if device.type == "cpu":
-        return Cpu()
-    if device.type != "cuda":
-        raise UnsupportedError(f"there are no kernels for {device.type} tensors")
-    if importlib.util.find_spec("triton") is None:
-        raise UnsupportedError("triton is not installed")
-    return Gpu(device)
+    reason = why_no_kernels(device)
+    if reason is not None:
+        raise UnsupportedError(reason)
+    return Cpu() if device.type == "cpu" else Gpu(device)
 
 
 class Cpu:
@@ -127,12 +148,14 @@ class Cpu:
         scalars: Sequence[float],
         values: Mapping[str, Tensor],
         counts: Mapping[str, Tensor],
+        norm: Norm,
     ) -> None:
         """See ``Target``."""
+        values = {**values, "norm": norm.end()}
         read = [values[name].data_ptr() for name in kernel.values]
         kernel(resident, *extent, scalars, read, threads())
 
-    def total_norm(self, plan: Plan, works: Sequence[Work], norm_type: float) -> Tensor | None:
+    def total_norm(self, plan: Plan, works: Sequence[Work], norm_type: float) -> Norm | None:
         """As ``get_total_norm`` takes it, to the bit: in the order of the parameters."""
         if len(plan.dtypes) != 1 or not plan.dtypes <= norm.SERVED.get(norm_type, set()):
             return None
@@ -140,7 +163,7 @@ class Cpu:
         out = torch.empty((), dtype=torch.promote_types(dtype, torch.float32), device=self.device)
         extent = (plan.sizes, plan.first_chunk)
         args = (plan.grads, *extent, dtype, norm_type, threads())
-        return out if norm.norm_into(out, *args) else None
+        return Ended(out) if norm.norm_into(out, *args) else None
 
 
 class Gpu:
@@ -162,20 +185,21 @@ class Gpu:
 
         return triton.Kernel(program)
 
-    def extent(self, sizes: array[int]) -> dict[str, Tensor]:
+    def extent(self, sizes: array[int]) -> Extent:
         """The sizes, and the lists of blocks of the update and the norm."""
-        from compileclip.lowering.triton import block_list, on_device
+        from compileclip.lowering.triton import BLOCK
+        from compileclip.lowering.triton_lists import block_list, on_device
         from compileclip.lowering.triton_norm import CHUNK
 
-        return {
-            "sizes": on_device(sizes, self.device),
-            "blocks": block_list(sizes).to(self.device),
-            "chunks": block_list(sizes, CHUNK).to(self.device),
-        }
+        return Extent(
+            on_device(sizes, self.device),
+            block_list(sizes, BLOCK).to(self.device),
+            block_list(sizes, CHUNK).to(self.device),
+        )
 
     def resident(self, table: Addresses) -> Tensor:
         """See ``Target``; it stays where it is, for a CUDA graph reads it again."""
-        from compileclip.lowering.triton import on_device, write_addresses
+        from compileclip.lowering.triton_lists import on_device, write_addresses
 
         resident = on_device(table.addresses, self.device)
         # By the kernel that a capture takes: there is no compiling then.
@@ -184,7 +208,7 @@ class Gpu:
 
     def refresh(self, resident: Tensor, table: Addresses) -> None:
         """See ``Target``."""
-        from compileclip.lowering.triton import pinned, write_addresses
+        from compileclip.lowering.triton_lists import pinned, write_addresses
 
         addresses, place = table.addresses[table.grads], resident[table.grads]
         if self.is_capturing():  # a replay would copy what then is in the host's memory
@@ -196,44 +220,64 @@ class Gpu:
         self,
         kernel: Any,
         resident: Tensor,
-        extent: dict[str, Tensor],
+        extent: Extent,
         scalars: Sequence[float],
         values: Mapping[str, Tensor],
         counts: Mapping[str, Tensor],
+        norm: Norm,
     ) -> None:
         """See ``Target``."""
-        read = [values[name] for name in kernel.values]
-        stored = [counts[name] for name in kernel.program.counted]
-        kernel(resident, extent["sizes"], extent["blocks"], scalars, read, stored)
+        from compileclip.lowering.triton import Tables
+        from compileclip.lowering.triton_norm import Shares
 
-    def total_norm(self, plan: Plan, works: Sequence[Work], norm_type: float) -> Tensor | None:
-        """Bucket by bucket."""
-        from compileclip.lowering.triton_norm import ORDERS, List, norm_of
+        shares = norm if isinstance(norm, Shares) else Shares.ended(norm.end())
+        slots = extent.slots_for(kernel)
+        tables = Tables(resident, extent.sizes, extent.blocks, slots)
+        kernel(tables, scalars, values, counts, shares)
+
+    def total_norm(self, plan: Plan, works: Sequence[Work], norm_type: float) -> Norm | None:
+        """Bucket by bucket; not ended."""
+        from compileclip.lowering.triton_norm import ORDERS, List, Shares
 
         if norm_type not in ORDERS or not self._takes_norm:
             return None
         lists = [
             List(
                 work.resident[work.table.grads],
-                work.extent["sizes"],
-                work.extent["chunks"],
+                work.extent.sizes,
+                work.extent.chunks,
                 work.bucket.dtypes["grad"],
             )
             for work in works
         ]
         try:
-            return norm_of(lists, norm_type, self._pairs(plan))
+            return Shares(lists, norm_type)
         except Exception as error:  # of a compiler that another torch brings
             self._takes_norm = False
             warn_fallback("the norm's kernel", f"its first run failed: {error}", "report it")
             return None
 
-    def _pairs(self, plan: Plan) -> Tensor:
-        """The counts of the buckets that stay here, and where they are ``seen``."""
-        if plan.words is None:
-            from compileclip.lowering.triton_norm import words_of
 
-            buckets = [table.bucket for table in plan.tables]
-            pairs = [(b.counts[name], seen) for b in buckets for name, seen in b.seen.items()]
-            plan.words = words_of(pairs, self.device)
-        return plan.words
+@dataclass
+class Extent:
+    """What a GPU's launches take of a bucket besides addresses; CUDA graphs read it again.
+
+    Attributes:
+        sizes: the number of elements of each tensor.
+        blocks: the list of blocks of the update.
+        chunks: that of the norm.
+    """
+
+    sizes: Tensor
+    blocks: Tensor
+    chunks: Tensor
+
+    def __post_init__(self) -> None:
+        self._slots: dict[int, Tensor] = {}
+
+    def slots_for(self, kernel: Any) -> Tensor:
+        """Where the first kernel of ``kernel`` leaves numbers for its second, step by step."""
+        count = kernel.slots
+        if count not in self._slots:
+            self._slots[count] = torch.empty(count, dtype=torch.int64, device=self.sizes.device)
+        return self._slots[count]

@@ -1,20 +1,14 @@
-"""What each ATen operation is in Triton, rounded as ATen's CUDA kernel rounds it.
-
-A node is a variable of its own dtype. An operation reads its arguments in the dtype that ATen
-promotes them to, computes in the dtype that ATen computes in (float32 for 16 bits), and rounds.
-"""
+"""What each ATen operation is in Triton, rounded as ATen's CUDA kernel rounds it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
 
 from compileclip.lowering import UnsupportedError
-from compileclip.program import dtype_of
 
 ATEN = torch.ops.aten
 
@@ -25,7 +19,7 @@ _TYPES = {
     torch.bfloat16: "tl.bfloat16",
     torch.bool: "tl.int1",
 }
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 Rule = Callable[..., str]  # from the text of the arguments to that of the result
 
 
@@ -34,87 +28,6 @@ def triton_type(dtype: torch.dtype) -> str:
     if dtype not in _TYPES:
         raise UnsupportedError(f"there is no Triton code for {dtype}")
     return _TYPES[dtype]
-
-
-def variable(node: Node) -> str:
-    """The name of a node's value; a prefix keeps it apart from every other name."""
-    return f"_{node.name}"
-
-
-def to_dtype(node: Node, dtype: torch.dtype) -> str:
-    """A node's value, converted as ATen converts it."""
-    return _convert(variable(node), dtype_of(node), dtype)
-
-
-def statements(graph: Graph, wanted: Sequence[Node] | None = None) -> list[str]:
-    """One assignment per operation of a program, or for those alone that ``wanted`` follow from."""
-    calls = [n for n in graph.nodes if n.op == "call_function"]
-    if wanted is not None:
-        needed = set(wanted)
-        for node in reversed(calls):
-            if node in needed:
-                needed.update(node.all_input_nodes)
-        calls = [n for n in calls if n in needed]
-    return [f"{variable(n)} = {_expression(n)}" for n in calls]
-
-
-def _convert(text: str, source: torch.dtype, dtype: torch.dtype) -> str:
-    triton_type(source)
-    if source == dtype:
-        return text
-    if source == torch.float64 and dtype in _HALF:  # ATen goes through float32
-        text = f"{text}.to(tl.float32)"
-    if dtype == torch.bool:
-        return f"({text} != 0)"
-    return f"{text}.to({triton_type(dtype)})"
-
-
-def _expression(node: Node) -> str:
-    if node.target not in OPERATIONS:
-        raise UnsupportedError(f"there is no Triton code for {node.target}")
-    common = _common_dtype(node)
-    compute = torch.float32 if common in _HALF else common
-    narrow = common if node.target in _NARROW_SCALARS else compute
-
-    def read(arg: Any, position: int = -1) -> Any:
-        if isinstance(arg, Node):
-            if isinstance(arg.meta["val"], float):
-                text = f"tl.cast({variable(arg)}, {triton_type(compute)})"
-                return _convert(_convert(text, compute, narrow), narrow, compute)
-            if position == 0 and node.target in _CONDITIONAL:
-                return to_dtype(arg, torch.bool)
-            return _convert(to_dtype(arg, common), common, compute)
-        if isinstance(arg, (bool, int, float)):
-            return Number(torch.tensor(float(arg), dtype=narrow).item(), triton_type(compute))
-        return arg
-
-    arguments = [read(arg, i) for i, arg in enumerate(node.args)]
-    named = {k: read(v) for k, v in node.kwargs.items() if k not in _LAYOUT}
-    try:
-        text = _rule(node)(*arguments, **named)
-    except TypeError as error:  # an argument that the function here does not have
-        raise UnsupportedError(f"there is no Triton code for {node.format_node()}") from error
-    made = torch.bool if node.target in _BOOLEAN else compute
-    return _convert(f"({text})", made, dtype_of(node))
-
-
-def _rule(node: Node) -> Rule:
-    if node.target is ATEN.pow.Tensor_Scalar:
-        return _template(f"power({{}}, {{}}, {triton_type(_common_dtype(node))})", 2)
-    divisor = node.args[1] if node.target in (ATEN.div.Tensor, ATEN.div.Scalar) else None
-    if isinstance(divisor, Node) and not isinstance(divisor.meta["val"], float):
-        return _div
-    return _div_scalar if divisor is not None else OPERATIONS[node.target]
-
-
-def _common_dtype(node: Node) -> torch.dtype:
-    """The dtype that ATen reads the arguments of an operation in."""
-    if node.target is ATEN._to_copy.default:
-        return dtype_of(node.args[0])  # type: ignore[arg-type]
-    if node.target not in _BOOLEAN:
-        return dtype_of(node)
-    values: list[Any] = [a.meta["val"] if isinstance(a, Node) else a for a in node.args]
-    return torch.result_type(values[0], values[-1])
 
 
 class Number(str):
@@ -155,20 +68,30 @@ def _clamp(x: str, least: str | None = None, most: str | None = None) -> str:
     return x if most is None else f"minimum({x}, {most})"
 
 
-def _div(x: str, y: str) -> str:
-    return f"quotient({x}, {y})"
+_QUOTIENT, _QUOTIENT_OF_FLOAT16 = "quotient({}, {})", "quotient_of_float16({}, {}, PACKED)"
 
 
-def _div_scalar(x: str, y: str) -> str:
-    return f"{x} * reciprocal({y})"
+def _div(x: str, y: str, quotient: str = _QUOTIENT) -> str:
+    return quotient.format(x, y)
+
+
+def div_by_number(x: str, inverse: str) -> str:
+    """A number of the host is an operand of no division: ATen takes its reciprocal in float64."""
+    return f"{x} * {inverse}"
+
+
+def power_of(dtype: torch.dtype) -> Rule:
+    """``pow`` of a tensor of ``dtype`` by a number."""
+    return _template(f"power({{}}, {{}}, {triton_type(dtype)})", 2)
 
 
 def _addcmul(x: str, y: str, z: str, value: str = "") -> str:
     return f"addcmul({x}, {y}, {z}, {value})" if value else f"tl.fma({y}, {z}, {x})"
 
 
-def _addcdiv(x: str, y: str, z: str, value: str = "") -> str:
-    return f"tl.fma({value}, quotient({y}, {z}), {x})" if value else f"{x} + quotient({y}, {z})"
+def _addcdiv(x: str, y: str, z: str, value: str = "", quotient: str = _QUOTIENT) -> str:
+    divided = quotient.format(y, z)
+    return f"tl.fma({value}, {divided}, {x})" if value else f"{x} + {divided}"
 
 
 def _template(text: str, arity: int) -> Rule:
@@ -195,7 +118,7 @@ OPERATIONS: dict[Any, Rule] = {
     ATEN.exp.default: _template("libdevice.exp({})", 1),
     ATEN.log.default: _template("libdevice.log({})", 1),
     ATEN.sign.default: _template("sign({})", 1),
-    ATEN.pow.Tensor_Scalar: _template("power({}, {}, {})", 3),  # with the dtype, see _rule
+    ATEN.pow.Tensor_Scalar: _template("power({}, {}, {})", 3),  # with the dtype, see power_of
     ATEN.pow.Scalar: _template("libdevice.pow({}, {})", 2),
     ATEN.pow.Tensor_Tensor: _template("libdevice.pow({}, {})", 2),
     ATEN.add.Tensor: _add,
@@ -232,13 +155,31 @@ _COMPARISONS = {
     )
     for overload in ("Scalar", "Tensor")
 }
-_CONDITIONAL = {
+CONDITIONAL = {
     getattr(ATEN.where, name): _WHERE for name in ("self", "Scalar", "ScalarSelf", "ScalarOther")
 }
-OPERATIONS |= _COMPARISONS | _CONDITIONAL
+OPERATIONS |= _COMPARISONS | CONDITIONAL
 _LOGICAL = (ATEN.logical_and.default, ATEN.logical_or.default, ATEN.logical_not.default)
-_BOOLEAN = {*_COMPARISONS, *_LOGICAL, ATEN.isfinite.default}
+BOOLEAN = {*_COMPARISONS, *_LOGICAL, ATEN.isfinite.default}
 # Here ATen takes a scalar in the tensor's dtype, elsewhere in the one that it computes in.
-_NARROW_SCALARS = {*_COMPARISONS, ATEN.pow.Tensor_Scalar}
+NARROW_SCALARS = {*_COMPARISONS, ATEN.pow.Tensor_Scalar}
 # How the result lies in memory; its dtype is in the node's metadata.
-_LAYOUT = ("dtype", "layout", "device", "pin_memory", "memory_format", "non_blocking")
+LAYOUT = ("dtype", "layout", "device", "pin_memory", "memory_format", "non_blocking")
+
+
+def of_half(target: Any, dtype: torch.dtype) -> Rule:
+    """An operation on elements of half precision: for some, more than float32 can have is known."""
+    if target is ATEN.sqrt.default:
+        return _template(f"root_of_half({{}}, {triton_type(dtype)}, PACKED)", 1)
+    if dtype == torch.float16 and target in (ATEN.div.Tensor, ATEN.addcdiv.default):
+        return _of_float16(OPERATIONS[target])
+    return OPERATIONS[target]
+
+
+def _of_float16(rule: Rule) -> Rule:
+    """A rule with a division, of float16."""
+
+    def with_quotients(*arguments: str, **named: str) -> str:
+        return rule(*arguments, **named, quotient=_QUOTIENT_OF_FLOAT16)
+
+    return with_quotients

@@ -1,0 +1,145 @@
+"""Lists of plain tensors on one GPU, as the functions of ``torch.nn.utils`` are given them.
+
+The norm takes one launch per dtype and one that adds up; to scale or to clamp takes one per dtype.
+While a CUDA graph is captured torch's own kernels do it: what is made up here for one call, such as
+the list of addresses, would have to live as long as the graph.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from operator import attrgetter
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from compileclip.fallback import warn_fallback
+from compileclip.lowering import UnsupportedError, has_triton, plain
+
+if TYPE_CHECKING:
+    from compileclip.lowering.triton_norm import List
+
+_T = TypeVar("_T")
+ORDERS = (1.0, 2.0, math.inf)
+DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
+_dtype, _device = attrgetter("dtype"), attrgetter("device")
+_failed = False  # a kernel of this process
+
+
+def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor | None:
+    """The norm of ``tensors`` seen as one vector, as ``reference.total_norm``; None if not served.
+
+    Served are plain tensors on one GPU, for p = 1, 2 and inf.
+    """
+    if norm_type not in ORDERS or not _serves(tensors):
+        return None
+
+    def run() -> Tensor:
+        from compileclip.lowering.triton_norm import Shares
+
+        dense = [t if t.is_contiguous() or plain.is_dense(t) else t.contiguous() for t in tensors]
+        return Shares(_lists(dense), norm_type).end()
+
+    return _tried(run, "the norm's kernel")
+
+
+def scale_(tensors: Sequence[Tensor], scale: Tensor) -> bool:
+    """Multiply ``tensors`` in place by ``scale``, 0-dim, in float32 or float64, and round once.
+
+    Returns:
+        Whether that was done; not where tensors are not served, have gaps or share memory.
+    """
+    return _written(tensors, scale, "scale", 0.0)
+
+
+def clip_(tensors: Sequence[Tensor], max_norm: float, norm: Tensor) -> bool:
+    """Scale ``tensors`` in place by ``reference.clip_coef(max_norm, norm)``, as ``scale_``."""
+    return _written(tensors, norm, "clip", max_norm)
+
+
+def clamp_(tensors: Sequence[Tensor], most: float) -> bool:
+    """Clamp ``tensors`` in place to ``[-most, most]``; whether that was done, as ``scale_``."""
+    return _written(tensors, None, "clamp", most)
+
+
+def _written(tensors: Sequence[Tensor], number: Tensor | None, kind: str, bound: float) -> bool:
+    asked = tensors if number is None else [*tensors, number]
+    if not _serves(asked) or not all(map(_has_each_once, tensors)):
+        return False
+
+    def run() -> bool:
+        from compileclip.lowering.triton_scale import write
+
+        lists = _lists(tensors)
+        if not _are_apart(tensors):
+            return False
+        write(lists, number, kind, bound)
+        increment_version(tensors)
+        return True
+
+    return bool(_tried(run, "the kernel that scales gradients"))
+
+
+def _serves(tensors: Sequence[Tensor]) -> bool:
+    """Whether ``tensors`` are plain ones on one GPU, and kernels may replace torch's."""
+    first = tensors[0]
+    return (
+        _is_there(first.device)
+        and not _failed
+        and plain.PLAIN.issuperset(map(type, tensors))
+        and len(set(map(_device, tensors))) == 1
+        and set(map(_dtype, tensors)) <= DTYPES
+        and all(t.layout == torch.strided for t in tensors)
+        and plain.runs_for_real()
+        and os.environ.get("COMPILECLIP_DISABLE") != "1"
+    )
+
+
+def _is_there(device: torch.device) -> bool:
+    """Whether ``device`` is one that has kernels, of which none is being captured."""
+    return device.type == "cuda" and has_triton() and not torch.cuda.is_current_stream_capturing()
+
+
+def _tried(run: Callable[[], _T], what: str) -> _T | None:
+    """What ``run`` returns; None, for good, where Triton cannot compile it."""
+    global _failed
+    try:
+        return run()
+    except UnsupportedError:
+        return None
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # of a compiler that another torch brings
+        _failed = True
+        warn_fallback(what, f"its first run failed: {error}", "report it")
+        return None
+
+
+def _lists(tensors: Sequence[Tensor]) -> list[List]:
+    """``tensors``, without gaps, as kernels take them: a list per dtype."""
+    from compileclip.lowering.triton_lists import on_device
+    from compileclip.lowering.triton_norm import List, chunks
+
+    device, found = tensors[0].device, []
+    for dtype in dict.fromkeys(map(_dtype, tensors)):
+        group = [t for t in tensors if t.dtype == dtype]
+        sizes, blocks = chunks(tuple(map(Tensor.numel, group)), device)
+        addresses = on_device(list(map(Tensor.data_ptr, group)), device)
+        found.append(List(addresses, sizes, blocks, dtype))
+    return found
+
+
+def _has_each_once(tensor: Tensor) -> bool:
+    """Whether the memory of ``tensor`` holds each of its elements once, and nothing else."""
+    return tensor.is_contiguous() or plain.is_dense(tensor)
+
+
+def _are_apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether no two of ``tensors`` share memory: they are written at the same time."""
+    spans = sorted((t.data_ptr(), t.numel() * t.element_size()) for t in tensors if t.numel())
+    return all(a + size <= b for (a, size), (b, _) in pairwise(spans))
