@@ -56,10 +56,10 @@ def wrap(
             class, whose step must not be split. ``None``: whichever is cheaper, so do not read
             ``p.grad`` after the step.
         mode: ``"multi_tensor"``, one kernel for all parameters of a kind, for pointwise optimizers
-            on a CPU, and by this name on a CUDA GPU; ``"inductor"``, which compiles the optimizer's
-            own step with norm and scale fused into the update; ``"eager"``. A mode asked for by
-            name goes eager with one ``FallbackWarning`` where it cannot be. ``"auto"`` is the first
-            on a CPU where it serves, and eager elsewhere.
+            on CUDA GPUs and on a CPU; ``"inductor"``, which compiles the optimizer's own step with
+            norm and scale fused into the update; ``"eager"``. A mode asked for by name goes eager
+            with one ``FallbackWarning`` where it cannot be. ``"auto"`` is the first where it
+            serves, and eager elsewhere.
 
     Returns:
         A ``ClippedOptimizer``.

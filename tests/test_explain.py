@@ -8,9 +8,11 @@ import pytest
 import torch
 from helpers import params_like, set_grads
 from runs import MAX_NORM, Run
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import SGD
 
 import compileclip
+from compileclip import lowering
 
 
 class Foreign(SGD):
@@ -78,3 +80,29 @@ def test_explain_when_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMPILECLIP_DISABLE", "1")
     text = compileclip.wrap(SGD(params_like([(3,)]), lr=0.1), 1.0).explain()
     assert "why eager: COMPILECLIP_DISABLE=1" in text
+
+
+def test_explain_on_a_gpu_before_the_first_step() -> None:
+    """What a GPU's parameters will be stepped with; there need be no GPU for that."""
+    with FakeTensorMode():
+        params = [torch.nn.Parameter(torch.empty(3, device="cuda")) for _ in range(2)]
+    text = compileclip.wrap(SGD(params, lr=0.1), 1.0).explain()
+    assert "cuda:0" in text
+    assert "multi_tensor" in text
+    assert "eager" not in text
+
+
+@pytest.mark.parametrize("mode", ["auto", "multi_tensor"])
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [("meta", "there are no kernels for meta tensors"), ("cuda", "triton is not installed")],
+)
+def test_explain_on_a_device_without_kernels(
+    device: str, reason: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lowering, "has_triton", lambda: False)
+    with FakeTensorMode():
+        params = [torch.nn.Parameter(torch.empty(3, device=device))]
+    text = compileclip.wrap(SGD(params, lr=0.1), 1.0, mode=mode).explain()
+    assert "multi_tensor" not in text.replace("mode='multi_tensor'", "")
+    assert f"why eager: {reason}" in text

@@ -37,6 +37,8 @@ if INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+ATEN = torch.ops.aten
+DIVISIONS = {ATEN.div.Tensor, ATEN.addcdiv.default, ATEN.reciprocal.default}
 on_each_target = pytest.mark.parametrize("target", TARGETS)
 
 
@@ -82,6 +84,30 @@ def test_step_counts_on_the_device(target: str) -> None:
     once = compile_once(target, made)
     assert once.kernels == 1
     assert once.spilled == 0
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("name", ["AdamW", "NAdam"])
+def test_the_update_computes_nothing_that_is_one_for_all(name: str, target: str) -> None:
+    """Powers, bias corrections, the clip coefficient: once a step, and their results are loaded."""
+    made = program_on_a_gpu(name, F32)
+    update, once = compile_program(target, made).text, compile_once(target, made).text
+    powers = r"\b(?:ex2|lg2)\.approx|call\.uni|f64"
+    assert re.findall(powers, once)
+    assert not re.findall(powers, update)
+    divisions = [n for n in made.graph.nodes if n.target in DIVISIONS]
+    each = [n for n in divisions if n.meta["val"].dim() == 1]  # of each element
+    assert len(divisions) > len(each) > 0
+    assert len(re.findall(r"\b(?:div|rcp)\.", update)) == 2 * 8 * len(each)
+    assert len(re.findall(r"\b(?:div|rcp)\.", once)) >= len(divisions) - len(each)
+
+
+@on_each_target
+def test_a_reciprocal_of_a_scalar_is_taken_once_and_in_float64(target: str) -> None:
+    (made,) = programs(ADAMW, F32)  # sqrt(exp_avg_sq) / sqrt(1 - beta2 ** step)
+    once, update = compile_once(target, made), compile_program(target, made)
+    assert re.findall(r"rcp\.rn\.f64|div\.rn\.f64|v_div_fixup_f64", once.text)
+    assert not re.findall(r"f64", update.text.split(".amdgpu_metadata")[0])
 
 
 @pytest.mark.sweep
