@@ -38,10 +38,7 @@ ONE_FIGURE = (
     "steps show the host."
 )
 STOCK = ("clip + for-loop", "clip + foreach", BASELINE)
-TRAINED, FUSED = (
-    "compileclip",
-    "torch, fused",
-)  # rows of ``bench train``: the latter is its baseline
+TRAINED, FUSED = "compileclip", "torch, fused"  # rows of ``bench train``
 ONE_GRAPH = "torch.compile, one graph"
 
 
@@ -83,12 +80,9 @@ def render(text: str, results: Path) -> str:
         command, kind = found.group(2, 3)
         if command not in RENDER:
             raise ValueError(f"<!-- bench:{command} --> is none of {', '.join(RENDER)}")
-        chosen = [
-            r
-            for r in reports
-            if r.command == command and kind in (None, device_type(r.environment))
-        ]
-        parts = [RENDER[command](report) for report in chosen]
+        of_command = [report for report in reports if report.command == command]
+        kinds = [(report, device_type(report.environment)) for report in of_command]
+        parts = [RENDER[command](report) for report, own in kinds if kind in (None, own)]
         body = "\n\n".join(parts) or "No results yet."
         return f"{found.group(1)}\n{body}\n\n{found.group(4)}"
 
@@ -138,9 +132,18 @@ def train(report: Report) -> str:
 
 def scaling(report: Report) -> str:
     """Sizes with both times, and with first steps."""
-    cases = [case for case in report.cases if case.row(OURS) and case.row(BASELINE)]
-    hidden = any(case.host_hidden for case in cases)
-    lines = [_size(case, hidden) for case in cases]
+    hidden = any(case.host_hidden for case in report.cases)
+    lines = []
+    for case in report.cases:
+        ours, stock, graph = (_find(case, name) for name in (OURS, BASELINE, ONE_GRAPH))
+        if ours is None or stock is None:
+            continue
+        cells = [f"{case.case['tensors']:,}", f"{case.case['elements']:,}"]
+        for row in (stock, ours):
+            cells += [milliseconds(row.median_ms), *([microseconds(row.host_us)] if hidden else [])]
+        cells += [ratio(ours.ratio), *([ratio(ours.host_ratio)] if hidden else [])]
+        firsts = [seconds(row.first_cold_s if row else None) for row in (graph, ours)]
+        lines.append([*cells, percent(ours.share_of_limit), *firsts])
     headers = ["tensors", "parameters"]
     if hidden:
         headers += [f"{name}, {of}" for name in (BASELINE, OURS) for of in ("GPU ms", "host µs")]
@@ -149,18 +152,6 @@ def scaling(report: Report) -> str:
         headers += [f"{BASELINE}, ms", f"{OURS}, ms", "times as fast"]
     headers += ["share of the limit", f"first step of {ONE_GRAPH}, s", f"of {OURS}, s"]
     return f"{_about(report, _work(report))}\n\n{_markdown(lines, headers)}"
-
-
-def _size(case: CaseResult, hidden: bool) -> list[str]:
-    ours, stock, graph = (case.row(name) for name in (OURS, BASELINE, ONE_GRAPH))
-    assert ours is not None
-    assert stock is not None
-    cells = [f"{case.case['tensors']:,}", f"{case.case['elements']:,}"]
-    for row in (stock, ours):
-        cells += [milliseconds(row.median_ms), *([microseconds(row.host_us)] if hidden else [])]
-    cells += [ratio(ours.ratio), *([ratio(ours.host_ratio)] if hidden else [])]
-    firsts = [seconds(row.first_cold_s if row else None) for row in (graph, ours)]
-    return [*cells, percent(ours.share_of_limit), *firsts]
 
 
 RENDER: dict[str, Callable[[Report], str]] = {"step": step, "train": train, "scaling": scaling}
