@@ -34,8 +34,8 @@ RESULTS = Path(__file__).parent / "results"
 BLOCK = re.compile(r"(<!-- bench:(\w+)(?: (\w+))? -->\n).*?(<!-- /bench -->)", re.DOTALL)
 NOTHING = "–"  # noqa: RUF001  # a dash, not a minus
 ONE_FIGURE = (
-    "Until the GPU was done, from an idle GPU on: host and GPU are not told apart here, and short "
-    "steps show the host."
+    "By an older method: from an idle GPU until it was done, host and GPU in one figure, so that "
+    "short steps show the host."
 )
 STOCK = ("clip + for-loop", "clip + foreach", BASELINE)
 TRAINED, FUSED = "compileclip", "torch, fused"  # rows of ``bench train``

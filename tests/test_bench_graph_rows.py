@@ -104,6 +104,22 @@ def test_a_step_of_another_mode_is_not_captured(
     assert (found.status, found.reason) == ("not run", "not served: it cannot be captured")
 
 
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    found = run(case(device="cuda"))
+    compiled = {each.name for each in rows.ROWS if each.per_tensor}
+    failed = {r.name: r.reason for r in found.values() if r.status != "ok"}
+    assert failed.keys() <= compiled, failed
+    for name in found.keys() - failed.keys():
+        assert found[name].median_ms > 0
+        assert found[name].host_us > 0
+        assert found[name].host_ratio > 0
+        assert found[name].kernels
+    # Of what the host enqueues one by one, the GPU's own part is far less than the host's.
+    assert 1e3 * found[BASELINE].median_ms < found[BASELINE].host_us
+    assert found[OUR_GRAPH].host_us < found[BASELINE].host_us
+
+
 def test_without_fused_there_is_no_graph_of_it(graphs: Graphs) -> None:
     found = run(case("RMSprop"), row(STOCK_GRAPH))[STOCK_GRAPH]
     assert found.reason == "torch.optim.RMSprop has no fused=True"
