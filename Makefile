@@ -2,7 +2,7 @@
 # make test    lint, types and tests
 # make mutants break the code on purpose and see the tests fail
 # make bench   clip and step by every way, beside the limit: tables, JSON, plots (ten minutes, CPU)
-# make gpu     the GPU tests and the benchmark, with the torch that is there (eight minutes)
+# make gpu     the GPU tests and the benchmark, with the torch that is there (at most eight minutes)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -52,26 +52,32 @@ bench: $(VENV)/ready
 
 # No virtual environment: on a GPU machine the torch that fits its driver is installed already.
 # What fails, or takes too long, does not keep the rest from running. After each part, all results
-# so far are packed into the folder OUT of the environment.
+# so far are packed into the folder OUT of the environment. The last that is printed is a short table.
 SAVE = if [ -n "$$OUT" ]; then mkdir -p "$$OUT" && tar czf "$$OUT/bench.tar.gz" -C build bench; fi
 GPU_BENCH = $(PYTHON) -m bench
-XDIST = $$($(PYTHON) -c "import xdist" 2> /dev/null && echo "-n 8")
+GPU_METHOD = --device cuda --compile-tensors 0 --no-first-steps --repetitions 20 --no-plots
+XDIST = $$($(PYTHON) -c "import xdist" 2> /dev/null && echo "-n 12")
 gpu:
-	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
+	-timeout 30 $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
 	mkdir -p build/bench
-	failed=0; \
+	failed=; \
 	timeout 150 $(PYTHON) -m pytest -q --tb=short -m gpu $(XDIST) > build/bench/gpu-tests.txt 2>&1 \
-	    || failed=1; tail -n 40 build/bench/gpu-tests.txt; $(SAVE); \
-	timeout 120 $(GPU_BENCH) step --device cuda --shapes 2000x32x32 gpt2 1x1000 resnet50 llama-1b \
-	    --compile-tensors 1 --no-first-steps --minutes 1.6 || failed=1; $(SAVE); \
-	timeout 60 $(GPU_BENCH) scaling --device cuda --tensors 10 1000 5000 --sizes 1e5 1e7 1e9 \
-	    --rows "clip + fused,multi_tensor,limit" --no-first-steps --minutes 0.8 \
-	    || failed=1; $(SAVE); \
-	timeout 60 $(GPU_BENCH) train --device cuda \
-	    --rows torch "torch, fused" compileclip "compileclip, eager" || failed=1; $(SAVE); \
-	timeout 75 $(GPU_BENCH) scaling --device cuda --name compilation --tensors 10 30 --sizes \
-	    --rows "clip + fused,one graph,multi_tensor,limit" --minutes 0.9 || failed=1; $(SAVE); \
-	exit $$failed
+	    || failed="$$failed tests"; tail -n 40 build/bench/gpu-tests.txt; $(SAVE); \
+	timeout 110 $(GPU_BENCH) \
+	    step --name step-bfloat16 --dtype bfloat16 --shapes gpt2 $(GPU_METHOD) \
+	    + step --shapes gpt2 2000x32x32 1x1000 resnet50 llama-1b $(GPU_METHOD) --minutes 1.4 \
+	    || failed="$$failed step"; $(SAVE); \
+	timeout 60 $(GPU_BENCH) scaling --tensors 10 1000 5000 --sizes 1e5 1e7 1e9 $(GPU_METHOD) \
+	    --rows "clip + fused,multi_tensor,limit" --minutes 0.8 || failed="$$failed scaling"; $(SAVE); \
+	timeout 50 $(GPU_BENCH) train --device cuda --no-plots \
+	    --rows torch "torch, fused" compileclip "compileclip, eager" \
+	    || failed="$$failed train"; $(SAVE); \
+	timeout 65 $(GPU_BENCH) scaling --device cuda --name compilation --tensors 10 30 --sizes \
+	    --rows "clip + fused,one graph,multi_tensor,limit" --no-plots --minutes 0.9 \
+	    || failed="$$failed compilation"; $(SAVE); \
+	echo; echo "Failed or out of time: $${failed:-nothing}"; \
+	timeout 15 $(PYTHON) -m bench.digest build/bench; \
+	[ -z "$$failed" ]
 
 # Made anew when what it installs changes; afterwards no target needs a network.
 $(VENV)/ready: pyproject.toml constraints.txt

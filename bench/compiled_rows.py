@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from bench.optimizers import MAX_NORM
-from bench.runs import Run, to_compile
+from bench.runs import Run, with_counts_on_device
 from bench.workload import Workload
 
 
@@ -21,7 +21,7 @@ class TwoCalls(Run):
 
     def __init__(self, work: Workload) -> None:
         super().__init__(work)
-        params, optimizer = self.params, to_compile(work, self.params)
+        params, optimizer = self.params, with_counts_on_device(work, self.params)
 
         def clip_and_step() -> None:
             clip_grad_norm_(params, MAX_NORM)
@@ -39,7 +39,7 @@ class OneGraph(Run):
 
     def __init__(self, work: Workload) -> None:
         super().__init__(work)
-        params, optimizer = self.params, to_compile(work, self.params)
+        params, optimizer = self.params, with_counts_on_device(work, self.params)
         torch._dynamo.eval_frame.TorchPatcher.patch()
         step: Any = type(optimizer).step
         while hasattr(step, "__wrapped__"):

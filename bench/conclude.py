@@ -30,6 +30,8 @@ def conclude(result: CaseResult, parts: Sequence[Part]) -> None:
         _store(row, own)
         row.gbps = needed / (row.median_ms * 1e6) if row.median_ms else None
         row.ratio = _ratio(counted, BASELINE, row.name)
+        if result.host_hidden:
+            row.host_ratio = _ratio(counted, BASELINE, row.name, lambda times: times.host)
         row.share_of_limit = _ratio(counted, LIMIT, row.name)
         if row.share_of_limit is not None:
             row.bytes_per_parameter = result.bytes_per_parameter / row.share_of_limit
@@ -63,8 +65,13 @@ def _store(row: RowResult, own: Sequence[Times]) -> None:
     row.host_us = 1e6 * center([times.host for times in own])
 
 
-def _ratio(parts: Sequence[Part], other: str, own: str) -> float | None:
+def _ratio(
+    parts: Sequence[Part],
+    other: str,
+    own: str,
+    of: Callable[[Times], Sequence[float]] = lambda times: times.device,
+) -> float | None:
     """How many times the time of ``own`` that of ``other`` is, over rounds that both were in."""
-    both = [(part[other].device, part[own].device) for part in parts if {other, own} <= part.keys()]
+    both = [(of(part[other]), of(part[own])) for part in parts if {other, own} <= part.keys()]
     ratios = [[a / b for a, b in zip(*pair, strict=True)] for pair in both]
     return center(ratios) if ratios else None

@@ -51,10 +51,15 @@ def device_name(device: str) -> str:
     return found.group(1).strip() if found else platform.machine()
 
 
+def device_type(environment: dict[str, Any]) -> str:
+    """Such as cpu or cuda."""
+    return torch.device(environment["device"]).type
+
+
 def slug(environment: dict[str, Any]) -> str:
     """A name for a folder of results of this device."""
     name = environment["device_name"]
-    if torch.device(environment["device"]).type == "cpu":
+    if device_type(environment) == "cpu":
         name += f" {environment['threads']} threads"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 

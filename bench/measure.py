@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from bench.case import Case, NotRunError
 from bench.conclude import Part, conclude
 from bench.first_step import first_steps, use_caches
+from bench.gpu_timing import clock_for
 from bench.profile import profile_step
 from bench.results import CaseResult, RowResult
 from bench.rows import LIMIT, Row, check_compilation
 from bench.runs import Run
-from bench.timing import Clock, Times, interleave
+from bench.timing import Times, interleave, synchronize
 from bench.workload import CLOSE, Workload, check_fits
 
 
@@ -82,7 +84,8 @@ class Measurement:
         """
         check_fits(case)
         self._method, self._tell = method, on_progress
-        self._result = CaseResult(case.to_json(), case.title)
+        hidden = torch.device(case.device).type == "cuda"
+        self._result = CaseResult(case.to_json(), case.title, host_hidden=hidden)
         self._result.rows = [RowResult(row.name) for row in chosen]
         pairs = list(zip(chosen, self._result.rows, strict=True))
         self._folders: dict[str, Path] = {}
@@ -147,7 +150,7 @@ def take_times(
     """
     times, errors = interleave(
         runs,
-        Clock(next(iter(runs.values())).work.params[0].device, method.cold),
+        clock_for(next(iter(runs.values())).work.params[0].device, method.cold),
         -(-method.repetitions // method.processes),
         method.warmup,
         method.seconds / method.processes,
@@ -178,12 +181,7 @@ def _checked(row: Row, work: Workload, method: Method, found: RowResult) -> Run 
         start = time.perf_counter()
         run = row.start(work)
         making = time.perf_counter() - start
-        clock = Clock(work.params[0].device, cold=False)
-        seconds = []
-        for factor in work.trajectory.factors:
-            run.prepare(work.new_grads(factor))
-            seconds.append(clock.time(run)[0])
-            run.release()
+        seconds = [_seconds(run, work.new_grads(factor)) for factor in work.trajectory.factors]
         difference = run.difference()
     except Exception as error:
         found.fail(*explain(error))
@@ -197,6 +195,19 @@ def _checked(row: Row, work: Workload, method: Method, found: RowResult) -> Run 
         found.fail("wrong", f"wrong by {difference.relative:.1e} in {difference.of}")
         return None
     return run
+
+
+def _seconds(run: Run, grads: Sequence[Tensor]) -> float:
+    """Take a step with ``grads``, and say how long it took until its end."""
+    device = run.work.params[0].device
+    run.prepare(grads)
+    synchronize(device)
+    start = time.perf_counter()
+    run.step()
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    run.release()
+    return seconds
 
 
 def explain(error: Exception) -> tuple[str, str]:
@@ -213,7 +224,8 @@ def _profile(
     runs: dict[str, Run], result: CaseResult, on_progress: Callable[[str], object]
 ) -> None:
     for found in result.rows:
-        if found.name not in runs or found.name == LIMIT:
+        # Of the limit there is nothing to say but its launches.
+        if found.name not in runs or (found.name == LIMIT and not result.host_hidden):
             continue
         on_progress(f"profile of {found.name}")
         run = runs[found.name]

@@ -19,12 +19,12 @@ from bench.tables import milliseconds
 DPI = 120
 # Torch's rows blue, torch.compile's green, compileclip's in warm colors.
 COLORS = (
-    *("#9ecae1", "#4292c6", "#084594", "#7a5fb5"),
+    *("#9ecae1", "#4292c6", "#084594", "#17becf", "#7a5fb5"),
     *("#a1d99b", "#238b45"),
-    *("#fdae6b", "#f16913", "#cb181d"),
+    *("#fdae6b", "#f16913", "#cb181d", "#67000d"),
     *("#7f7f7f", "#000000"),
 )
-MARKERS = "osD^vP<>X*."
+MARKERS = "osDp^vP<>Xh*."
 STYLES: dict[str, dict[str, Any]] = {
     name: {"color": color, "marker": marker, "linestyle": "--" if name == LIMIT else "-"}
     for name, color, marker in zip(NAMES, COLORS, MARKERS, strict=True)

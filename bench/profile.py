@@ -36,7 +36,7 @@ def profile_step(run: Run, device: torch.device) -> Profile:
     finally:
         run.release()
     kernels = sum(e.get("cat") == "kernel" for e in events) if device.type == "cuda" else None
-    return Profile(kernels, None if run.waits else extra)
+    return Profile(kernels, None if run.foreign else extra)
 
 
 @contextlib.contextmanager

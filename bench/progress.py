@@ -101,7 +101,8 @@ class _Job:
     """
 
     def __init__(self, work: _Work, case: Case) -> None:
-        self.work, self.case, self._rows = work, case, work.plan.rows or rows.ROWS
+        self.work, self.case = work, case
+        self._rows = rows.for_device(work.plan.rows or rows.ROWS, case.device)
         self.method, self.left = work.plan.method, work.plan.method.processes
         self._spare = self.left - 1  # processes in place of those whose cores lay apart
         self._measurement: Measurement | None = None
@@ -117,6 +118,8 @@ class _Job:
         try:
             if self.seconds_left(bar) <= 0:
                 raise NotRunError(f"the time is up (--minutes {self.work.plan.minutes:g})")
+            if not self._rows:
+                raise NotRunError(f"none of these rows is for {self.case.device}")
             found = Measurement(
                 self.case, self._rows, self.method, caches, lambda what: _show(bar, what)
             )

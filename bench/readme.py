@@ -1,7 +1,8 @@
 """``python -m bench.readme``: README's tables of performance, from the committed results.
 
 In README.md, what lies between ``<!-- bench:step -->`` (or ``train``, ``scaling``) and
-``<!-- /bench -->`` is replaced by what ``bench/results/*/*.json`` hold of that command.
+``<!-- /bench -->`` is replaced by what ``bench/results/*/*.json`` hold of that command; with
+``bench:step cuda`` (or ``cpu``) by what they hold of that kind of device.
 """
 
 from __future__ import annotations
@@ -14,17 +15,30 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from bench.environment import ROOT, headline
+from bench.environment import ROOT, device_type, headline
 from bench.results import CaseResult, Report, RowResult, read
 from bench.rows import BASELINE, NAMES, OURS
 from bench.shapes import label
-from bench.tables import milliseconds, percent, ratio, seconds, share_of_training, spread
+from bench.tables import (
+    microseconds,
+    milliseconds,
+    percent,
+    ratio,
+    seconds,
+    share_of_training,
+    spread,
+)
 
 README = ROOT / "README.md"
 RESULTS = Path(__file__).parent / "results"
-BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- bench:(\w+)(?: (\w+))? -->\n).*?(<!-- /bench -->)", re.DOTALL)
 NOTHING = "–"  # noqa: RUF001  # a dash, not a minus
+ONE_FIGURE = (
+    "By an older method: from an idle GPU until it was done, host and GPU in one figure, so that "
+    "short steps show the host."
+)
 STOCK = ("clip + for-loop", "clip + foreach", BASELINE)
+TRAINED, FUSED = "compileclip", "torch, fused"  # rows of ``bench train``
 ONE_GRAPH = "torch.compile, one graph"
 
 
@@ -59,15 +73,18 @@ def render(text: str, results: Path) -> str:
     Raises:
         ValueError: a block names no command, or a file is no result.
     """
-    reports = [read(path) for path in sorted(results.glob("*/*.json"))]
+    paths = sorted(results.glob("*/*.json"), key=lambda path: (path.parent, path.stem))
+    reports = [read(path) for path in paths]
 
     def block(found: re.Match[str]) -> str:
-        command = found.group(2)
+        command, kind = found.group(2, 3)
         if command not in RENDER:
             raise ValueError(f"<!-- bench:{command} --> is none of {', '.join(RENDER)}")
-        parts = [RENDER[command](r) for r in reports if r.command == command]
+        of_command = [report for report in reports if report.command == command]
+        kinds = [(report, device_type(report.environment)) for report in of_command]
+        parts = [RENDER[command](report) for report, own in kinds if kind in (None, own)]
         body = "\n\n".join(parts) or "No results yet."
-        return f"{found.group(1)}\n{body}\n\n{found.group(3)}"
+        return f"{found.group(1)}\n{body}\n\n{found.group(4)}"
 
     return BLOCK.sub(block, text)
 
@@ -89,6 +106,7 @@ def step(report: Report) -> str:
 def train(report: Report) -> str:
     """Rows with the training step and its part for clip and step."""
     (case,) = report.cases
+    measured = [row for row in case.rows if row.median_ms is not None]
     lines = [
         [
             row.name,
@@ -98,27 +116,40 @@ def train(report: Report) -> str:
             milliseconds(row.update_ms),
             percent(share_of_training(row)),
         ]
-        for row in case.rows
-        if row.median_ms is not None
+        for row in measured
     ]
     headers = ["clip and step by", "training step, ms", "IQR, ms", "times as fast"]
     headers += ["clip and step, ms", "part of the step"]
-    return f"{_about(report, case.title)}\n\n{_markdown(lines, headers)}"
+    table = f"{_about(report, case.title)}\n\n{_markdown(lines, headers)}"
+    ours = next((row for row in measured if row.name == TRAINED and row.ratio), None)
+    if ours is None or not ours.ratio:
+        return table
+    less = 100 * (1 - 1 / ours.ratio)
+    word = "less" if less >= 0 else "more"
+    whole = f"In all, training took {abs(less):.1f} % {word} time with {TRAINED} than with {FUSED}."
+    return f"{table}\n\n{whole}"
 
 
 def scaling(report: Report) -> str:
     """Sizes with both times, and with first steps."""
+    hidden = any(case.host_hidden for case in report.cases)
     lines = []
     for case in report.cases:
         ours, stock, graph = (_find(case, name) for name in (OURS, BASELINE, ONE_GRAPH))
-        count, elements = case.case["tensors"], case.case["elements"]
         if ours is None or stock is None:
             continue
+        cells = [f"{case.case['tensors']:,}", f"{case.case['elements']:,}"]
+        for row in (stock, ours):
+            cells += [milliseconds(row.median_ms), *([microseconds(row.host_us)] if hidden else [])]
+        cells += [ratio(ours.ratio), *([ratio(ours.host_ratio)] if hidden else [])]
         firsts = [seconds(row.first_cold_s if row else None) for row in (graph, ours)]
-        times = [milliseconds(row.median_ms) for row in (stock, ours)]
-        share = percent(ours.share_of_limit)
-        lines.append([f"{count:,}", f"{elements:,}", *times, ratio(ours.ratio), share, *firsts])
-    headers = ["tensors", "parameters", f"{BASELINE}, ms", f"{OURS}, ms", "times as fast"]
+        lines.append([*cells, percent(ours.share_of_limit), *firsts])
+    headers = ["tensors", "parameters"]
+    if hidden:
+        headers += [f"{name}, {of}" for name in (BASELINE, OURS) for of in ("GPU ms", "host µs")]
+        headers += ["GPU, times as fast", "host, times as fast"]
+    else:
+        headers += [f"{BASELINE}, ms", f"{OURS}, ms", "times as fast"]
     headers += ["share of the limit", f"first step of {ONE_GRAPH}, s", f"of {OURS}, s"]
     return f"{_about(report, _work(report))}\n\n{_markdown(lines, headers)}"
 
@@ -132,7 +163,10 @@ def _about(report: Report, what: str) -> str:
     processes = min((case.processes for case in measured), default=1)
     times = f"; medians of at least {rounds}, in turns" if rounds else ""
     times += f", in at least {processes} processes" if processes > 1 else ""
-    return f"{headline(report.environment)}{times}; {what}:"
+    about = f"{headline(report.environment)}{times}; {what}:"
+    old = report.command != "train" and device_type(report.environment) == "cuda"
+    old = old and not any(case.host_hidden for case in measured)
+    return f"{about}\n\n{ONE_FIGURE}" if old else about
 
 
 def _work(report: Report) -> str:
@@ -143,10 +177,14 @@ def _work(report: Report) -> str:
 def _rows_by_shapes(cases: Sequence[CaseResult], what: str) -> str:
     lines = []
     for name in NAMES:
-        cells = [_cell(_find(case, name)) for case in cases]
+        cells = [cell for case in cases for cell in _cells(case, _find(case, name))]
         if any(cell != NOTHING for cell in cells):
             lines.append([name, *cells])
-    return _markdown(lines, [what, *[label(case.case["shapes"]) for case in cases]])
+    headers = []
+    for case in cases:
+        shown = label(case.case["shapes"])
+        headers += [f"{shown}, GPU ms", "host µs"] if case.host_hidden else [shown]
+    return _markdown(lines, [what, *headers])
 
 
 def _optimizers_by_shapes(
@@ -168,6 +206,15 @@ def _cell(row: RowResult | None) -> str:
     if row.median_ms is None:
         return row.status
     return milliseconds(row.median_ms) + (f" ({ratio(row.ratio)})" if row.ratio else "")
+
+
+def _cells(case: CaseResult, row: RowResult | None) -> list[str]:
+    if not case.host_hidden:
+        return [_cell(row)]
+    if row is None or row.host_us is None:
+        return [_cell(row), NOTHING]
+    host = microseconds(row.host_us) + (f" ({ratio(row.host_ratio)})" if row.host_ratio else "")
+    return [_cell(row), host]
 
 
 def _versus(case: CaseResult | None) -> str:

@@ -18,6 +18,7 @@ class RowResult:
         difference: the largest of any parameter from float64, after the steps of the check.
         median_ms: of a step, until the device is done (``conclude.center``); then the quartiles.
         host_us: microseconds of a step until the host may go on, likewise.
+        host_ratio: how many times as fast as the baseline's host, where that is timed by itself.
         ratio: how many times as fast as the baseline, over the rounds, likewise.
         ratio_apart: the same over the rounds in which cores lay apart (``bench.cores``).
         gbps: gigabytes per second: what the step must move, divided by the median.
@@ -38,6 +39,7 @@ class RowResult:
     lower_ms: float | None = None
     upper_ms: float | None = None
     host_us: float | None = None
+    host_ratio: float | None = None
     ratio: float | None = None
     ratio_apart: float | None = None
     gbps: float | None = None
@@ -67,6 +69,7 @@ class CaseResult:
         rounds: how many count: those in which the cores lay near each other, if there are enough.
         processes: in how many these were.
         core_latency_ns: the median over these (``bench.cores``); 0 where it is not known.
+        host_hidden: whether times are a GPU's alone, and the host's were taken by themselves.
     """
 
     case: dict[str, Any]
@@ -76,6 +79,7 @@ class CaseResult:
     rounds: int = 0
     processes: int = 0
     core_latency_ns: float = 0.0
+    host_hidden: bool = False
     rows: list[RowResult] = field(default_factory=list)
 
     def row(self, name: str) -> RowResult | None:
@@ -93,9 +97,14 @@ class Report:
     cases: list[CaseResult] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
-        """Write JSON; its folder is made if need be."""
+        """Write JSON; its folder is made if need be.
+
+        A process that is ended meanwhile leaves what there was before.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_rounded(asdict(self)), indent=1) + "\n")
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(_rounded(asdict(self)), indent=1) + "\n")
+        unfinished.replace(path)
 
 
 def read(path: Path) -> Report:

@@ -24,11 +24,11 @@ class Run:
     is done.
 
     Attributes:
-        waits: whether ``step`` itself waits for the device, so that events cannot time it.
+        foreign: whether another library steps, whose memory torch's profiler does not see.
         scale: what a time is to be multiplied by, where a run does a part of the work.
     """
 
-    waits = False
+    foreign = False
     scale = 1.0
 
     def __init__(self, work: Workload) -> None:
@@ -58,11 +58,17 @@ class ClipAndStep(Run):
     """The two calls that torch offers."""
 
     def __init__(
-        self, work: Workload, foreach: bool | None = None, fused: bool | None = None
+        self,
+        work: Workload,
+        foreach: bool | None = None,
+        fused: bool = False,
+        capturable: bool = False,
     ) -> None:
         super().__init__(work)
         check_option(work, "fused" if fused else "foreach")
         options = {"fused": True} if fused else {"foreach": bool(foreach)}
+        if capturable and work.case.recipe.has("capturable"):
+            options["capturable"] = True
         self.optimizer = work.case.recipe.make(self.params, **options)
         work.load(self.optimizer, self.params)
         self.foreach = foreach
@@ -71,6 +77,9 @@ class ClipAndStep(Run):
         """Clip and step."""
         clip_grad_norm_(self.params, MAX_NORM, foreach=self.foreach)
         self.optimizer.step()
+
+    def check(self) -> None:
+        """Raise ``NotRunError`` if the latest step was not what the row is about."""
 
 
 class ByHand(Run):
@@ -95,11 +104,11 @@ class ByHand(Run):
 class Ours(Run):
     """``compileclip.wrap`` in one of its modes."""
 
-    def __init__(self, work: Workload, mode: str) -> None:
+    def __init__(self, work: Workload, mode: str, capturable: bool = False) -> None:
         super().__init__(work)
         recipe = work.case.recipe
-        if mode == "inductor":
-            stock = to_compile(work, self.params)
+        if mode == "inductor" or capturable:
+            stock = with_counts_on_device(work, self.params)
         else:
             # Eager mode runs torch's kernels, so it gets the fused ones as the baseline does.
             options = {"fused": True} if mode == "eager" and recipe.has("fused") else {}
@@ -120,19 +129,23 @@ class Ours(Run):
                 self.optimizer.step()
         except compileclip.FallbackWarning as warning:
             raise NotRunError(f"not served: {_reason(str(warning))}") from warning
+        self.check()
+        self.served = True
+
+    def check(self) -> None:
+        """Raise ``NotRunError`` if another mode took the latest step."""
         # The warning is given once per process, the table at any time.
         found = re.search(r"^why eager: (.*)$", self.optimizer.explain(), re.MULTILINE)
         if found:
             raise NotRunError(f"not served: {found.group(1)}")
-        self.served = True
 
 
 def _reason(warning: str) -> str:
     return warning.partition(": ")[2].partition(". Remedy")[0] or warning
 
 
-def to_compile(work: Workload, params: Sequence[Tensor]) -> Optimizer:
-    """An optimizer as torch.compile makes a fresh one: its step counts are on the GPU."""
+def with_counts_on_device(work: Workload, params: Sequence[Tensor]) -> Optimizer:
+    """An optimizer for torch.compile or a CUDA graph: its step counts are on the GPU."""
     recipe = work.case.recipe
     capturable = params[0].is_cuda and recipe.has("capturable")
     optimizer = recipe.make(params, **({"capturable": True} if capturable else {}))

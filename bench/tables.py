@@ -25,6 +25,7 @@ def milliseconds(value: float | None) -> str:
     return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.1f}"
 
 
+microseconds = _format("{:,.0f}")
 seconds = _format("{:.2f}")
 ratio = _format("{:.2f}")
 percent = _format("{:.0f}%", 100)
@@ -38,11 +39,20 @@ COLUMNS: list[tuple[str, Callable[[RowResult], str]]] = [
     ("GB/s", lambda r: _format("{:.1f}")(r.gbps)),
     ("of the\nlimit", lambda r: percent(r.share_of_limit)),
     ("kernels", lambda r: NONE if r.kernels is None else f"{r.kernels:,}"),
-    ("host,\nµs", lambda r: _format("{:,.0f}")(r.host_us)),
+    ("host,\nµs", lambda r: microseconds(r.host_us)),
     ("first step,\ns, cold", lambda r: seconds(r.first_cold_s)),
     ("first step,\ns, warm", lambda r: seconds(r.first_warm_s)),
     ("extra\nMiB", lambda r: _format("{:,.1f}", 2**-20)(r.extra_bytes)),
     ("from\nfloat64", lambda r: _format("{:.1e}")(r.difference)),
+]
+# Where the host is timed by itself; the cores of the host are not looked at there.
+GPU_COLUMNS: list[tuple[str, Callable[[RowResult], str]]] = [
+    *COLUMNS[:1],
+    ("GPU ms,\nmedian", COLUMNS[1][1]),
+    *COLUMNS[2:4],
+    ("host,\nµs", lambda r: microseconds(r.host_us)),
+    ("host, times\nas fast", lambda r: ratio(r.host_ratio)),
+    *(column for column in COLUMNS[5:] if column[0] != "host,\nµs"),
 ]
 TRAIN_COLUMNS: list[tuple[str, Callable[[RowResult], str]]] = [
     *COLUMNS[:1],
@@ -59,7 +69,8 @@ Times as fast: as "{BASELINE}", likewise, over rounds in which each row took one
 the same over rounds in which two threads took {APART:.0f} ns and more to see each other's stores,
 which count for nothing else where there are others. Bytes per parameter: what the limit moves in
 the same time, beside what a step needs. GB/s: the bytes needed by the time. Host: until the next
-call may run. First step: rows that compile in a fresh process, with empty caches on disk and with
+call may run; where GPU ms are beside it, these are the GPU's alone, and the host's of a call after
+other work. First step: rows that compile in a fresh process, with empty caches on disk and with
 filled ones. Extra: the most memory that a step allocates. From float64: the largest difference of a
 parameter, after two steps."""
 TRAIN_NOTES = (
@@ -84,10 +95,11 @@ def share_of_training(row: RowResult) -> float | None:
 
 def case_table(
     case: CaseResult,
-    columns: Sequence[tuple[str, Callable[[RowResult], str]]] = COLUMNS,
+    columns: Sequence[tuple[str, Callable[[RowResult], str]]] | None = None,
     headline: bool = True,
 ) -> str:
     """The case's rows with times as a table, and a line for each other row."""
+    columns = columns or (GPU_COLUMNS if case.host_hidden else COLUMNS)
     measured = [row for row in case.rows if row.median_ms is not None]
     parts = [f"\n{case.title}{_rounds(case)}"] if headline else []
     if case.reason:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median, quantiles
 
@@ -23,6 +24,8 @@ FLUSH_BYTES = {"cpu": 512 * 2**20, "cuda": 256 * 2**20}  # several times a last-
 @dataclass
 class Times:
     """Seconds per step: until the device was done, and until the host could go on.
+
+    On a GPU the two are taken one after the other, as ``gpu_timing.GpuClock`` says.
 
     Attributes:
         core_latency: ``cores.core_latency`` when the round of the step began, in nanoseconds.
@@ -66,38 +69,43 @@ def summarize(times: Sequence[float]) -> Summary:
 
 
 class Clock:
-    """Times single steps: by events on a GPU, by the host's clock elsewhere."""
+    """Times single steps by the host's clock; ``gpu_timing.clock_for`` knows a GPU's."""
 
     def __init__(self, device: torch.device, cold: bool) -> None:
         self.device = device
-        self._events = device.type == "cuda"
         self._flushed: Tensor | None = None
         if cold:
             size = FLUSH_BYTES.get(device.type, FLUSH_BYTES["cpu"])
             self._flushed = torch.zeros(size // 4, device=device)
 
     def time(self, run: Run) -> tuple[float, float]:
-        """Seconds of a step on the device and on the host; gradients are there already."""
-        if self._flushed is not None:
-            self._flushed.add_(1)  # pushes everything else out of the caches
-        synchronize(self.device)
-        if self._events and not run.waits:
-            return self._by_events(run.step)
-        start = time.perf_counter()
-        run.step()
-        host = time.perf_counter() - start
-        synchronize(self.device)
-        return time.perf_counter() - start, host
+        """Seconds of a step on the device and on the host."""
+        with prepared(run):
+            self.flush()
+            start = time.perf_counter()
+            run.step()
+            host = time.perf_counter() - start
+            synchronize(self.device)
+            return time.perf_counter() - start, host
 
-    def _by_events(self, step: Callable[[], None]) -> tuple[float, float]:
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        start = time.perf_counter()
-        step()
-        host = time.perf_counter() - start
-        after.record()
-        after.synchronize()
-        return before.elapsed_time(after) / 1e3, host
+    def flush(self) -> None:
+        """Push everything out of the caches if that is asked for; then wait for the device."""
+        if self._flushed is not None:
+            self._flushed.add_(1)
+        synchronize(self.device)
+
+
+@contextlib.contextmanager
+def prepared(run: Run) -> Iterator[None]:
+    """With new gradients, as a backward makes them, and without the garbage collector."""
+    run.prepare(run.work.new_grads())
+    gc.collect(0)
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        run.release()
 
 
 def synchronize(device: torch.device) -> None:
@@ -142,7 +150,7 @@ def interleave(
         latency = core_latency(clock.device)
         for name in order:
             try:
-                device, host = _one(runs[name], clock)
+                device, host = clock.time(runs[name])
             except Exception as error:
                 errors[name] = error
                 continue
@@ -152,14 +160,3 @@ def interleave(
                 times[name].core_latency.append(latency)
         on_round()
     return {name: t for name, t in times.items() if name not in errors}, errors
-
-
-def _one(run: Run, clock: Clock) -> tuple[float, float]:
-    run.prepare(run.work.new_grads())
-    gc.collect(0)
-    gc.disable()
-    try:
-        return clock.time(run)
-    finally:
-        gc.enable()
-        run.release()

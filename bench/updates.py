@@ -72,7 +72,7 @@ def compileclip_update(
 ) -> Update:
     """A wrapped ``AdamW``, whose step clips; ``options`` are passed to ``AdamW``.
 
-    On a CPU the mode is that of ``"auto"``, on a GPU it has to be asked for.
+    The mode is the one that ``"auto"`` takes for it.
     """
     adamw = AdamW(_groups(model), lr=recipe.lr, betas=BETAS, **options)
     optimizer = compileclip.wrap(adamw, recipe.max_norm, mode=mode)

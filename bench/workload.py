@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,17 @@ class Workload:
             param.copy_(start.param)
             for name, value in self.state[i].items():
                 value.copy_(start.state[name])
+
+    def reset_counts(self, optimizer: Optimizer, params: Sequence[Tensor]) -> None:
+        """Set what ``load`` made for ``optimizer`` alone back, in place."""
+        for p, scalars in zip(params, self._scalars, strict=True):
+            for name, value in scalars.items():
+                optimizer.state[p][name].copy_(value)
+
+    @cached_property
+    def fixed_grads(self) -> list[Tensor]:
+        """Gradients that stay where they are, for steps that are captured."""
+        return [torch.empty_like(p) for p in self.params]
 
     def parameters(self) -> list[nn.Parameter]:
         """Parameters for a row: objects of its own over the shared memory."""

@@ -23,7 +23,8 @@ def case(
 
 
 def run(case: Case, *chosen: Row, method: Method = QUICK) -> dict[str, RowResult]:
-    measured = measure.Measurement(case, chosen or rows.ROWS, method, Path("/unused"))
+    chosen = chosen or rows.for_device(rows.ROWS, case.device)
+    measured = measure.Measurement(case, chosen, method, Path("/unused"))
     measured.time()
     result = measured.finish()
     return {row.name: row for row in result.rows}

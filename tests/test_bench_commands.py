@@ -181,6 +181,12 @@ def test_bad_options(options: list[str], message: str, capsys: pytest.CaptureFix
     assert message in capsys.readouterr().err
 
 
+def test_no_row_for_the_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--shapes", "1x1000", "--rows", "CUDA graph", "--out", str(tmp_path), "--no-plots"]
+    assert __main__.main(["step", *options]) == 1
+    assert "not run: none of these rows is for cpu" in capsys.readouterr().out
+
+
 def test_commands_that_write_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     step = ["step", "--shapes", "1x1000", "--out", str(tmp_path)]
     assert __main__.main([*step, "+", *step]) == 1

@@ -26,10 +26,12 @@ def part(base: float, ours: float, latency: float, rounds: int = 5) -> dict[str,
     }
 
 
-def concluded(*parts: dict[str, Times]) -> tuple[CaseResult, dict[str, RowResult]]:
+def concluded(
+    *parts: dict[str, Times], hidden: bool = False
+) -> tuple[CaseResult, dict[str, RowResult]]:
     about: dict[str, Any] = {"elements": 10**9}
     rows = [RowResult(name) for name in (BASELINE, OURS, LIMIT, "clip + foreach")]
-    result = CaseResult(about, "a case", 32.0, rows=rows)
+    result = CaseResult(about, "a case", 32.0, host_hidden=hidden, rows=rows)
     conclude(result, parts)
     return result, {row.name: row for row in rows}
 
@@ -64,6 +66,20 @@ def test_near_alone() -> None:
     assert result.core_latency_ns == 0.0
     assert rows[OURS].ratio_apart is None
     assert "5 rounds\n" in case_table(result)
+
+
+def test_a_host_by_itself_has_a_ratio() -> None:
+    times = part(6.0, 3.0, 0.0)
+    times[OURS].host = [1.5] * 5
+    result, rows = concluded(times, hidden=True)
+    assert (rows[OURS].ratio, rows[OURS].host_ratio) == (pytest.approx(2.0), pytest.approx(4.0))
+    assert rows[BASELINE].host_ratio == pytest.approx(1.0)
+    table = case_table(result)
+    assert "GPU ms" in table
+    assert "host, times" in table
+    result, rows = concluded(times)
+    assert rows[OURS].host_ratio is None
+    assert "GPU" not in case_table(result)
 
 
 def test_the_mean_of_the_processes() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from bench import readme
+from bench.environment import device_type
 from bench.results import CaseResult, Report, RowResult
 from bench.rows import BASELINE, OURS
 
@@ -48,17 +49,34 @@ def case(shapes: str = "gpt2", optimizer: str = "AdamW", ours: float = 50.0) -> 
     return CaseResult(about, "a title", 32.0, rows=rows)
 
 
-def write(folder: Path, command: str, *cases: CaseResult) -> None:
-    report = Report(command, ENVIRONMENT, {"repetitions": 30}, list(cases))
-    report.write(folder / "some-cpu" / f"{command}.json")
+def write(folder: Path, command: str, *cases: CaseResult, device: str = "cpu") -> None:
+    where = {**ENVIRONMENT, "device": device, "device_name": f"Some {device}"}
+    report = Report(command, where, {"repetitions": 30}, list(cases))
+    report.write(folder / f"some-{device}" / f"{command}.json")
+
+
+def cells_of(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if "|" in line]
+    return [[c.strip() for c in line.split("|")[1:-1]] for line in lines]
+
+
+def on_gpu(*cases: CaseResult) -> list[CaseResult]:
+    """As the GPU's method has it: the host by itself."""
+    for each in cases:
+        each.host_hidden, each.rounds = True, 30
+        for row, host in zip(each.rows, (2000.0, 500.0), strict=False):
+            row.host_us, row.host_ratio = host, 2000.0 / host
+    return list(cases)
 
 
 def test_readme_shows_what_the_files_hold() -> None:
     text = readme.README.read_text()
     assert readme.render(text, readme.RESULTS) == text, "run python -m bench.readme"
-    commands = {found.group(2) for found in readme.BLOCK.finditer(text)}
-    kept = [readme.read(path).command for path in readme.RESULTS.glob("*/*.json")]
-    assert set(kept) <= commands, "README has no <!-- bench:... --> for some results"
+    commands = {found.group(2, 3) for found in readme.BLOCK.finditer(text)}
+    kept = [readme.read(path) for path in readme.RESULTS.glob("*/*.json")]
+    assert {(r.command, device_type(r.environment)) for r in kept} <= commands, (
+        "README has no <!-- bench:... --> for some results"
+    )
 
 
 def test_blocks_are_replaced_and_nothing_else(tmp_path: Path) -> None:
@@ -68,10 +86,8 @@ def test_blocks_are_replaced_and_nothing_else(tmp_path: Path) -> None:
     assert text.startswith("# A title\nbefore\n<!-- bench:step -->\n")
     assert "<!-- /bench -->\nbetween\n<!-- bench:train -->\n\nNo results yet.\n" in text
     assert readme.render(text, tmp_path) == text
-    assert "Some CPU, 2 threads, torch 2.13.0, Python 3.11.7, commit abc, 2026-01-01" in text
-    lines = [
-        [c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line
-    ]
+    assert "Some cpu, 2 threads, torch 2.13.0, Python 3.11.7, commit abc, 2026-01-01" in text
+    lines = cells_of(text)
     assert lines[0] == ["AdamW, float32", "GPT-2 small", "1 of 1,000"]
     cells = {line[0]: line[1:] for line in lines}
     assert cells[OURS] == ["50.00 (2.00)", "0.250 (2.00)"]
@@ -93,6 +109,66 @@ def test_several_optimizers_are_rows(tmp_path: Path) -> None:
     text = readme.render(TEXT, tmp_path)
     assert "100.0 / 50.00 = 2.00" in text
     assert "100.0 / 20.00 = 5.00" in text
+
+
+def test_a_gpu_has_two_columns_per_case(tmp_path: Path) -> None:
+    write(tmp_path, "step", *on_gpu(case(), case("1x1000")), device="cuda")
+    write(tmp_path, "scaling", *on_gpu(case()), device="cuda")
+    text = readme.render("<!-- bench:scaling -->\n<!-- /bench -->\n" + TEXT, tmp_path)
+    lines = cells_of(text)
+    times = ["GPT-2 small, GPU ms", "host µs", "1 of 1,000, GPU ms", "host µs"]
+    assert ["AdamW, float32", *times] in lines
+    assert [OURS, *["50.00 (2.00)", "500 (4.00)"] * 2] in lines
+    assert ["clip + foreach", *["wrong", readme.NOTHING] * 2] in lines
+    found = ["100.0", "2,000", "50.00", "500", "2.00", "4.00", "90%"]
+    assert ["148", "1,000", *found, "-", "-"] in lines
+    assert "GPU, times as fast" in text
+    assert readme.ONE_FIGURE not in text
+
+
+def test_files_of_the_older_method_say_so(tmp_path: Path) -> None:
+    """Until newer ones take their place."""
+    for command in ("step", "train", "scaling"):
+        write(tmp_path, command, case(), device="cuda")
+    text = readme.render("<!-- bench:scaling -->\n<!-- /bench -->\n" + TEXT, tmp_path)
+    assert text.count(readme.ONE_FIGURE) == 2
+    assert [OURS, "50.00 (2.00)"] in cells_of(text)
+    assert "host µs" not in text
+    write(tmp_path, "step", *on_gpu(case()), device="cuda")
+    write(tmp_path, "scaling", *on_gpu(case()), device="cuda")
+    text = readme.render("<!-- bench:scaling -->\n<!-- /bench -->\n" + TEXT, tmp_path)
+    assert readme.ONE_FIGURE not in text
+    assert text.count("host µs") == 3
+
+
+def test_files_from_before_the_host_was_timed_apart() -> None:
+    (path,) = readme.RESULTS.glob("amd*/step.json")
+    report = readme.read(path)
+    assert not any(each.host_hidden for each in report.cases)
+    assert all(row.host_ratio is None for each in report.cases for row in each.rows)
+    assert all(each.row(OURS) for each in report.cases)
+
+
+def test_a_block_for_a_kind_of_device(tmp_path: Path) -> None:
+    write(tmp_path, "step", case())
+    write(tmp_path, "step", *on_gpu(case()), device="cuda")
+    blocks = [f"<!-- bench:step{kind} -->\n<!-- /bench -->\n" for kind in (" cuda", " cpu", "")]
+    gpu, cpu, both = (readme.render(block, tmp_path) for block in blocks)
+    assert "Some cuda" in gpu
+    assert "Some cpu" not in gpu
+    assert "Some cpu" in cpu
+    assert "Some cuda" not in cpu
+    assert "Some cpu" in both
+    assert "Some cuda" in both
+
+
+@pytest.mark.parametrize(("ratio", "said"), [(1.25, "20.0 % less"), (0.8, "25.0 % more")])
+def test_training_in_a_sentence(tmp_path: Path, ratio: float, said: str) -> None:
+    trained = case()
+    trained.rows.append(RowResult("compileclip", median_ms=80.0, ratio=ratio))
+    write(tmp_path, "train", trained)
+    text = readme.render(TEXT, tmp_path)
+    assert f"\n\nIn all, training took {said} time with compileclip than with torch, fused." in text
 
 
 def test_training_and_scaling(tmp_path: Path) -> None:
