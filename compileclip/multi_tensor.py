@@ -25,14 +25,21 @@ from compileclip.lowering.native import CompilerError
 from compileclip.passes.insert_norm_and_scale import InsertNormAndScale
 from compileclip.patience import Patience
 from compileclip.plan import Copied, Plan, staying
-from compileclip.serving import MOST_LOOKS, REASONS, may_decide, why_not_captured, why_not_planned
+from compileclip.serving import (
+    MOST_LOOKS,
+    REASONS,
+    may_decide,
+    why_not_captured,
+    why_not_decided,
+    why_not_planned,
+)
 from compileclip.settings import ClipSettings
 from compileclip.shadow import failed
 from compileclip.step_norm import StepNorm
 from compileclip.traced import CannotCompileError
 from compileclip.work import Work, extend, restore_all, scalars_of
 
-OTHER_MODES = 'take mode="inductor" or mode="eager"'
+OTHER_MODES = 'take mode="auto", which does the same without a warning, or mode="eager"'
 
 
 class MultiTensorStep:
@@ -112,12 +119,14 @@ class MultiTensorStep:
         return copies
 
     def _gather(self) -> list[Copied] | None:
-        if self._plan is None or self.refusal is not None or not self._plan.tables:
+        if self._plan is None or self.refusal is not None:
             return None
         try:
             copies = self._plan.gather()
         except StaleError:
             self._plan = None
+            return None
+        if not self._plan.tables:  # nothing is served, nor would another plan serve more
             return None
         for work in self._works:
             work.place.target.refresh(work.resident, work.table)
@@ -129,7 +138,7 @@ class MultiTensorStep:
         """Sort ``params``, which have gradients, anew, and look up; None if none is served."""
         capturing = self._is_capturing
         self._for_now = self._why_not_captured(settings) if capturing else None
-        if self.refusal is not None or self._for_now is not None:
+        if self.refusal is not None or self._for_now is not None or self._serves_nothing():
             return None
         self._plan = None
         self._for_now = why_not_planned(self._optimizer, settings, params)
@@ -147,6 +156,13 @@ class MultiTensorStep:
             return None
         return self._gather()
 
+    def _serves_nothing(self) -> bool:
+        """Whether the plan is still that of the last step, and serves no parameter."""
+        if self._plan is None or self._plan.tables:
+            return False
+        self._gather()  # which forgets a plan that is not
+        return self._plan is not None
+
     def _make_plan(self, params: Sequence[Tensor], decides: bool) -> None:
         for device in {p.device for p in params} - self._places.keys():
             self._places[device] = DeviceKernels(self._optimizer, targets.of(device))
@@ -158,12 +174,9 @@ class MultiTensorStep:
         looks = len(plan.tables) * len(self._optimizer.param_groups)
         if self._is_foreign and looks > MOST_LOOKS:
             raise UnsupportedError(f"there are {len(self._optimizer.param_groups)} groups")
-        if plan.refused and decides and not waits and eager.takes_grad_scale(self._optimizer):
-            raise UnsupportedError(
-                "the device is to decide whether a step counts, which torch's fused kernels do for "
-                f"all parameters, and kernels here not for {len(plan.refused)} of them: "
-                f"{plan.refused[0][1]}"
-            )
+        reason = why_not_decided(self._optimizer, plan) if decides and not waits else None
+        if reason is not None:
+            raise UnsupportedError(reason)
         self._works = [
             Work(self._optimizer, table, self._places[table.bucket.params[0].device])
             for table in plan.tables
