@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compileclip import eager, foreign, traced
+from compileclip import eager, foreign, serving, traced
 from compileclip.assemble import Kind
 from compileclip.buckets import StaleError
 from compileclip.eager import Scaler
@@ -25,14 +25,6 @@ from compileclip.lowering.native import CompilerError
 from compileclip.passes.insert_norm_and_scale import InsertNormAndScale
 from compileclip.patience import Patience
 from compileclip.plan import Copied, Plan, staying
-from compileclip.serving import (
-    MOST_LOOKS,
-    REASONS,
-    may_decide,
-    why_not_captured,
-    why_not_decided,
-    why_not_planned,
-)
 from compileclip.settings import ClipSettings
 from compileclip.shadow import failed
 from compileclip.step_norm import StepNorm
@@ -109,7 +101,7 @@ class MultiTensorStep:
         """Look up the tensors of this step; None unless they are what they were in the last."""
         if self._is_capturing and self._why_not_captured(settings) is not None:
             return None
-        if not (self._for_decisions or self._waits) and may_decide(settings, scaler):
+        if not (self._for_decisions or self._waits) and serving.may_decide(settings, scaler):
             return None
         copies = self._gather()
         if copies is not None and settings.write_grads:
@@ -141,7 +133,7 @@ class MultiTensorStep:
         if self.refusal is not None or self._for_now is not None or self._serves_nothing():
             return None
         self._plan = None
-        self._for_now = why_not_planned(self._optimizer, settings, params)
+        self._for_now = serving.why_not_planned(self._optimizer, settings, params)
         if self._for_now is None and settings.mode == "auto" and not self._patience.may_plan():
             self._for_now = "gradients, parameters or state are others from step to step"
         if self._for_now is not None:
@@ -149,10 +141,10 @@ class MultiTensorStep:
         self._fresh = [p for p in params if not self._optimizer.state.get(p)]
         traced.initialize_state(self._optimizer, with_grad=True, capturable=False)
         try:
-            self._make_plan(params, may_decide(settings, scaler))
+            self._make_plan(params, serving.may_decide(settings, scaler))
         except Exception as error:
             self._forget_fresh()
-            self._refuse(error if isinstance(error, REASONS) else failed(error))
+            self._refuse(error if isinstance(error, serving.REASONS) else failed(error))
             return None
         return self._gather()
 
@@ -172,9 +164,9 @@ class MultiTensorStep:
         stays = set() if waits else staying(self._optimizer, decides)
         self._plan = plan = Plan(self._optimizer, params, stays)
         looks = len(plan.tables) * len(self._optimizer.param_groups)
-        if self._is_foreign and looks > MOST_LOOKS:
+        if self._is_foreign and looks > serving.MOST_LOOKS:
             raise UnsupportedError(f"there are {len(self._optimizer.param_groups)} groups")
-        reason = why_not_decided(self._optimizer, plan) if decides and not waits else None
+        reason = serving.why_not_decided(self._optimizer, plan) if decides and not waits else None
         if reason is not None:
             raise UnsupportedError(reason)
         self._works = [
@@ -191,7 +183,7 @@ class MultiTensorStep:
         self._fresh = []
 
     def _why_not_captured(self, settings: ClipSettings) -> str | None:
-        return why_not_captured(settings, self._plan, self._works, self._filled)
+        return serving.why_not_captured(settings, self._plan, self._works, self._filled)
 
     def norm(self, settings: ClipSettings, copies: Sequence[Copied], scaler: Scaler) -> StepNorm:
         """The norm of all gradients, those of parameters that are not served included."""
@@ -228,7 +220,7 @@ class MultiTensorStep:
         self.set_bound(settings.max_norm)
         try:
             stepped = self._step(settings, copies, norm, scaler)
-        except REASONS as reason:
+        except serving.REASONS as reason:
             if self._is_capturing:
                 self._for_now = str(reason)
             else:
