@@ -80,6 +80,11 @@ class Recording:
     counts: dict[str, torch.dtype] = field(default_factory=dict)
     tensors: list[tuple[tuple[Tensor | None, ...], Tensor]] = field(default_factory=list)
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for steps of which one program can be made."""
+        return tuple(self.calls), tuple(self.after.items()), tuple(self.counts.items())
+
 
 def record(shadow: Shadow, group: Mapping[str, Any], others: Mapping[str, Any]) -> Recording:
     """Run the shadow's step and record it.

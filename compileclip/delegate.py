@@ -11,8 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from compileclip.refusals import check_group
 
 # As record_function, but without a trip through the dispatcher, which cost a quarter of the step
 # of a small model.
@@ -101,11 +104,25 @@ class Delegate(Optimizer):
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of the optimizer, whether it was wrapped or not."""
+        """Load a checkpoint of the optimizer, whether it was wrapped or not.
+
+        Raises:
+            ValueError: a parameter group asks for what would be ignored; nothing was loaded.
+        """
+        for group in state_dict.get("param_groups", ()):
+            check_group({**group, "params": ()}, self.optimizer)
         self.optimizer.load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group to the wrapped optimizer; the next norm takes it in."""
+        """Add a parameter group to the wrapped optimizer; the next norm takes it in.
+
+        Raises:
+            ValueError: as ``wrap``; nothing was added.
+        """
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else params
+        param_group["params"] = params if isinstance(params, set) else list(params)
+        check_group(param_group, self.optimizer)
         self.optimizer.add_param_group(param_group)
 
     def __getattr__(self, name: str) -> Any:

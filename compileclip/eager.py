@@ -14,13 +14,14 @@ Private parts of torch used here, read in torch 2.11 to 2.13: the attributes ``g
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compileclip import reference
+from compileclip import layouts, reference
 from compileclip.functional import get_total_norm, is_sharded, local, nonfinite_message
 from compileclip.settings import ClipSettings
 
@@ -92,6 +93,12 @@ def update(optimizer: Optimizer, settings: ClipSettings, grads: Gradients, norm:
     Raises:
         RuntimeError: ``nonfinite="raise"`` and the norm is not finite; nothing was changed.
     """
+    alike = layouts.are_alike(optimizer, grads.params)
+    with nullcontext() if alike else layouts.unfused(optimizer):
+        _update(optimizer, settings, grads, norm)
+
+
+def _update(optimizer: Optimizer, settings: ClipSettings, grads: Gradients, norm: Tensor) -> None:
     if not may_step(optimizer, settings, grads, norm):
         return
     coef = None if settings.max_norm is None else reference.clip_coef(settings.max_norm, norm)

@@ -42,7 +42,7 @@ class Formula:
             group: the parameter group.
             others: the state that is no operand.
         """
-        self._kinds = {name: _kind(value) for name, value in group.items() if name != "params"}
+        self._kinds = dict(kinds(group))
         tracer = _Tracer(group, others)
         found = rehearsal.trace(tracer.group, tracer.counts)
         if not rehearsal.changes_nothing_but(tracer.counts):
@@ -75,6 +75,15 @@ class Formula:
         if decisions != self._decisions:
             raise ChangedError
         return [float(s) for s in scalars], dict(zip(self._names, counts, strict=True))
+
+
+def kinds(group: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """What must not change of a parameter group for a formula to hold, by name.
+
+    Raises:
+        ChangedError: the group holds what there is no formula of.
+    """
+    return tuple((name, _kind(value)) for name, value in group.items() if name != "params")
 
 
 def _kind(value: Any) -> Any:

@@ -11,12 +11,18 @@ from torch.optim import Optimizer
 
 from compileclip.assemble import Kind, assemble
 from compileclip.capture import Recording
+from compileclip.eager import is_torchs_own
 from compileclip.lowering import UnsupportedError
 from compileclip.lowering.targets import Target
 from compileclip.program import Program
 from compileclip.self_check import check
 from compileclip.shadow import NotPointwiseError, failed
 from compileclip.work import Work
+
+# What is known of a program in this process is known to all optimizers: the kernels of each, and of
+# which classes one was checked. Many small wrappers, as backward hooks need them, start quickly so.
+_made: dict[Any, Any] = {}
+_checked: set[Any] = set()
 
 
 class DeviceKernels:
@@ -32,7 +38,7 @@ class DeviceKernels:
         self.compilations, self.target = 0, target
         self.max_norm = torch.zeros((), dtype=torch.float64, device=target.device)
         self._optimizer = optimizer
-        self._compiled: dict[Any, Any] = {}
+        self._compiled: set[Any] = set()
 
     def knows(self, work: Work, kind: Kind) -> bool:
         """Whether there is a kernel of this step of a bucket that has been checked."""
@@ -65,7 +71,10 @@ class DeviceKernels:
             if self.target.is_capturing():
                 raise UnsupportedError("a step in a CUDA graph is another than all before it")
             kernel = self._kernel(work, kind)
-            self._check(work, kernel, scalars, before, read)
+            checked = (type(self._optimizer), id(kernel))  # which ``_made`` keeps
+            if checked not in _checked or not is_torchs_own(self._optimizer):
+                self._check(work, kernel, scalars, before, read)
+                _checked.add(checked)
             work.kernels[key] = kernel
         return work.kernels[key]
 
@@ -73,12 +82,13 @@ class DeviceKernels:
         recording = work.recording
         new = {k: v.dtype for k, v in work.made.items() if isinstance(v, Tensor) and v.dim() > 0}
         dtypes = work.bucket.dtypes | new
-        done = (tuple(recording.calls), tuple(recording.after.items()))
-        key = (*done, tuple(recording.counts.items()), tuple(dtypes.items()), kind)
+        key = (self.target.device, recording.key, tuple(dtypes.items()), kind)
         if key not in self._compiled:
-            self._compiled[key] = self.target.kernel(_assembled(recording, dtypes, kind))
+            if key not in _made:
+                _made[key] = self.target.kernel(_assembled(recording, dtypes, kind))
+            self._compiled.add(key)
             self.compilations += 1
-        return self._compiled[key]
+        return _made[key]
 
     def _check(
         self,

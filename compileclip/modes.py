@@ -17,6 +17,7 @@ from compileclip import eager
 from compileclip.eager import Gradients, Scaler
 from compileclip.fallback import warn_fallback
 from compileclip.lowering import why_no_kernels
+from compileclip.refusals import check_parameter
 from compileclip.settings import ClipSettings
 from compileclip.traced import can_undo
 
@@ -38,6 +39,7 @@ class Modes:
         self.compiled: CompiledStep | None = None
         self.kernels: MultiTensorStep | None = None
         self._optimizer = optimizer
+        self._checked = False  # the parameters
 
     def step(
         self,
@@ -60,6 +62,10 @@ class Modes:
         if kernels and self._again(settings, scaler, report):
             return
         params = eager.params_with_grad(self._optimizer)
+        if not self._checked:  # a parameter may have become one rank's part after it was wrapped
+            for p in params:
+                check_parameter(p)
+            self._checked = True
         grads = Gradients(scaler.grad_scale, scaler.found_inf, params)
         if params and kernels:
             self._multi_tensor(settings, grads, report)

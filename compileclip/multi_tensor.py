@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compileclip import eager, foreign, traced
+from compileclip import eager, foreign, serving, traced
 from compileclip.assemble import Kind
 from compileclip.buckets import StaleError
 from compileclip.eager import Scaler
@@ -25,14 +25,13 @@ from compileclip.lowering.native import CompilerError
 from compileclip.passes.insert_norm_and_scale import InsertNormAndScale
 from compileclip.patience import Patience
 from compileclip.plan import Copied, Plan, staying
-from compileclip.serving import MOST_LOOKS, REASONS, may_decide, why_not_captured, why_not_planned
 from compileclip.settings import ClipSettings
 from compileclip.shadow import failed
 from compileclip.step_norm import StepNorm
 from compileclip.traced import CannotCompileError
 from compileclip.work import Work, extend, restore_all, scalars_of
 
-OTHER_MODES = 'take mode="inductor" or mode="eager"'
+OTHER_MODES = 'take mode="auto", which does the same without a warning, or mode="eager"'
 
 
 class MultiTensorStep:
@@ -102,7 +101,7 @@ class MultiTensorStep:
         """Look up the tensors of this step; None unless they are what they were in the last."""
         if self._is_capturing and self._why_not_captured(settings) is not None:
             return None
-        if not (self._for_decisions or self._waits) and may_decide(settings, scaler):
+        if not (self._for_decisions or self._waits) and serving.may_decide(settings, scaler):
             return None
         copies = self._gather()
         if copies is not None and settings.write_grads:
@@ -112,12 +111,14 @@ class MultiTensorStep:
         return copies
 
     def _gather(self) -> list[Copied] | None:
-        if self._plan is None or self.refusal is not None or not self._plan.tables:
+        if self._plan is None or self.refusal is not None:
             return None
         try:
             copies = self._plan.gather()
         except StaleError:
             self._plan = None
+            return None
+        if not self._plan.tables:  # nothing is served, nor would another plan serve more
             return None
         for work in self._works:
             work.place.target.refresh(work.resident, work.table)
@@ -129,10 +130,10 @@ class MultiTensorStep:
         """Sort ``params``, which have gradients, anew, and look up; None if none is served."""
         capturing = self._is_capturing
         self._for_now = self._why_not_captured(settings) if capturing else None
-        if self.refusal is not None or self._for_now is not None:
+        if self.refusal is not None or self._for_now is not None or self._serves_nothing():
             return None
         self._plan = None
-        self._for_now = why_not_planned(self._optimizer, settings, params)
+        self._for_now = serving.why_not_planned(self._optimizer, settings, params)
         if self._for_now is None and settings.mode == "auto" and not self._patience.may_plan():
             self._for_now = "gradients, parameters or state are others from step to step"
         if self._for_now is not None:
@@ -140,12 +141,19 @@ class MultiTensorStep:
         self._fresh = [p for p in params if not self._optimizer.state.get(p)]
         traced.initialize_state(self._optimizer, with_grad=True, capturable=False)
         try:
-            self._make_plan(params, may_decide(settings, scaler))
+            self._make_plan(params, serving.may_decide(settings, scaler))
         except Exception as error:
             self._forget_fresh()
-            self._refuse(error if isinstance(error, REASONS) else failed(error))
+            self._refuse(error if isinstance(error, serving.REASONS) else failed(error))
             return None
         return self._gather()
+
+    def _serves_nothing(self) -> bool:
+        """Whether the plan is still that of the last step, and serves no parameter."""
+        if self._plan is None or self._plan.tables:
+            return False
+        self._gather()  # which forgets a plan that is not
+        return self._plan is not None
 
     def _make_plan(self, params: Sequence[Tensor], decides: bool) -> None:
         for device in {p.device for p in params} - self._places.keys():
@@ -156,14 +164,11 @@ class MultiTensorStep:
         stays = set() if waits else staying(self._optimizer, decides)
         self._plan = plan = Plan(self._optimizer, params, stays)
         looks = len(plan.tables) * len(self._optimizer.param_groups)
-        if self._is_foreign and looks > MOST_LOOKS:
+        if self._is_foreign and looks > serving.MOST_LOOKS:
             raise UnsupportedError(f"there are {len(self._optimizer.param_groups)} groups")
-        if plan.refused and decides and not waits and eager.takes_grad_scale(self._optimizer):
-            raise UnsupportedError(
-                "the device is to decide whether a step counts, which torch's fused kernels do for "
-                f"all parameters, and kernels here not for {len(plan.refused)} of them: "
-                f"{plan.refused[0][1]}"
-            )
+        reason = serving.why_not_decided(self._optimizer, plan) if decides and not waits else None
+        if reason is not None:
+            raise UnsupportedError(reason)
         self._works = [
             Work(self._optimizer, table, self._places[table.bucket.params[0].device])
             for table in plan.tables
@@ -178,7 +183,7 @@ class MultiTensorStep:
         self._fresh = []
 
     def _why_not_captured(self, settings: ClipSettings) -> str | None:
-        return why_not_captured(settings, self._plan, self._works, self._filled)
+        return serving.why_not_captured(settings, self._plan, self._works, self._filled)
 
     def norm(self, settings: ClipSettings, copies: Sequence[Copied], scaler: Scaler) -> StepNorm:
         """The norm of all gradients, those of parameters that are not served included."""
@@ -215,7 +220,7 @@ class MultiTensorStep:
         self.set_bound(settings.max_norm)
         try:
             stepped = self._step(settings, copies, norm, scaler)
-        except REASONS as reason:
+        except serving.REASONS as reason:
             if self._is_capturing:
                 self._for_now = str(reason)
             else:

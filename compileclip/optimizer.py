@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from compileclip import refusals
 from compileclip.delegate import Delegate
 from compileclip.eager import Scaler
 from compileclip.leaves import WITHOUT_GRADIENTS
@@ -91,6 +92,7 @@ class ClippedOptimizer(Delegate):
 
     def __init__(self, optimizer: Optimizer, settings: ClipSettings) -> None:
         _check_optimizer(optimizer)
+        refusals.check_optimizer(optimizer)
         self.__setstate__({"optimizer": optimizer, "settings": settings, "total_norm": None})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -129,6 +131,15 @@ class ClippedOptimizer(Delegate):
         torch._C._set_grad_enabled(False)  # which no_grad comes to, by way of two objects
         try:
             self._modes.step(self._settings, scaler, self._report)
+        except Exception as error:
+            if closure is not None and refusals.misses_its_closure(error):
+                name = type(self.optimizer).__name__
+                raise RuntimeError(
+                    f"the step of {name} asks for its closure, which the wrapper evaluates once, "
+                    "before the norm; wrap the optimizer that it steps inside, or call "
+                    f"compileclip.clip_grad_norm_ in the closure and step the bare {name}"
+                ) from error
+            raise
         finally:
             torch._C._set_grad_enabled(before)
         # A scheduler made before wrapping watches the wrapped optimizer's step through this.

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from compileclip import kept
-from compileclip.eager import Scaler
+from compileclip.eager import Scaler, takes_grad_scale
 from compileclip.lowering import UnsupportedError, why_no_kernels
 from compileclip.lowering.native import CompilerError
 from compileclip.plan import Plan
@@ -66,6 +66,19 @@ def why_not_captured(
     if not all(work.decides for work in works):
         return "a CUDA graph is being captured, which would repeat this step's count"
     return None
+
+
+def why_not_decided(optimizer: Optimizer, plan: Plan) -> str | None:
+    """Why the device could not decide whether a step of ``plan`` counts, though it could without.
+
+    torch's fused kernels decide that for all parameters, ours for those alone that they serve.
+    """
+    if not plan.refused or not takes_grad_scale(optimizer):
+        return None
+    return (
+        "the device is to decide whether a step counts, as torch's fused kernels do, and of "
+        f"{len(plan.refused)} parameters: {plan.refused[0][1]}"
+    )
 
 
 def may_decide(settings: ClipSettings, scaler: Scaler) -> bool:

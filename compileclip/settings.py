@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 NONFINITE = ("propagate", "raise", "skip")
 MODES = ("auto", "eager", "inductor", "multi_tensor")
 
@@ -33,13 +35,20 @@ class ClipSettings:
             raise ValueError("norm_type is nan; pass the order of a norm, such as 2.0 or inf")
         if self.nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite={self.nonfinite!r} is unknown; choose from {NONFINITE}")
-        if self.write_grads not in (None, True, False):
+        if self.write_grads is not None and not isinstance(self.write_grads, bool):
             raise ValueError(f"write_grads={self.write_grads!r}; choose from None, True, False")
         if self.mode not in MODES:
             raise ValueError(f"mode={self.mode!r} is unknown; choose from {MODES}")
 
 
 def _number(name: str, value: Any) -> float:
+    if isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} is a tensor, whose value would be read now and never again; pass "
+            f"float({name}), and set opt.max_norm for another bound"
+        )
+    if isinstance(value, bool | str):
+        raise TypeError(f"{name}={value!r} is no number; pass a float")
     try:
         return float(value)
     except (TypeError, ValueError):

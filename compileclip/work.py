@@ -13,7 +13,7 @@ from compileclip.assemble import COUNT
 from compileclip.buckets import Bucket
 from compileclip.capture import Recording, is_same, record, replay
 from compileclip.eager import is_torchs_own
-from compileclip.formula import Formula
+from compileclip.formula import Formula, kinds
 from compileclip.gather import Table
 from compileclip.rehearsal import Rehearsal
 from compileclip.shadow import (
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from compileclip.kernels import DeviceKernels
 
 NUMBER = (bool, int, float, type(None))  # in state
+# What has been found out about steps of torch's own classes, by class and recording: that they do
+# the same for other shapes, whether they can be rehearsed, and by which formula.
+_known: dict[Any, bool] = {}
+_formulas: dict[Any, Formula] = {}
 # A step that decides otherwise every few steps would cost more than it saves.
 _FORMULAS = 8
 
@@ -161,12 +165,15 @@ class Work:
         self._formulas_left -= 1
         try:
             others = tensors(self.bucket.leader, before)
-            formula = Formula(self._rehearsal, self._group, others)
+            key = (self._key(self.recording), kinds(self._group))
+            formula = _formulas.get(key) or Formula(self._rehearsal, self._group, others)
             found = formula.run(self._group, before)
         except ChangedError:
             return None
         after = {name: self.state[name].item() for name in others}
-        return formula if found == (scalars, after) else None
+        if found != (scalars, after):
+            return None
+        return _formulas.setdefault(key, formula)
 
     @property
     def _group(self) -> dict[str, Any]:
@@ -195,24 +202,37 @@ class Work:
                 self._recordings.remove(known)
                 self._recordings.append(known)
                 return
-        twin = self.make_shadow(SHAPES[1])
-        other = record(twin, self._group, tensors(self.bucket.leader, before))
-        if not is_same(other, recording):
-            raise NotPointwiseError("the step depends on a parameter's shape")
+        if self._key(recording) not in _known:
+            twin = self.make_shadow(SHAPES[1])
+            other = record(twin, self._group, tensors(self.bucket.leader, before))
+            if not is_same(other, recording):
+                raise NotPointwiseError("the step depends on a parameter's shape")
         self._recordings.append(recording)
         self.is_new = True
 
     def _rehearse(self, before: Mapping[str, Any]) -> Rehearsal | None:
         """That of the latest recording, if it finds the same scalars."""
+        key = self._key(self.recording)
+        known = _known.get(key)
+        if known is None:
+            known = self._can_be_rehearsed(before)
+            if _is_closed(self._optimizer):
+                _known[key] = known
+        return Rehearsal(self.shadow, self.recording) if known else None
+
+    def _can_be_rehearsed(self, before: Mapping[str, Any]) -> bool:
         shadow = self.make_shadow()
         recording = record(shadow, self._group, tensors(self.bucket.leader, before))
         rehearsal = Rehearsal(shadow, recording)
         try:
             found = rehearsal.run(self._group, tensors(self.bucket.leader, before))
         except ChangedError:
-            return None
-        same = found == recording.scalars
-        return Rehearsal(self.shadow, self.recording) if same else None
+            return False
+        return found == recording.scalars
+
+    def _key(self, recording: Recording) -> Any:
+        """Equal for steps of torch's own of which the same is known."""
+        return type(self._optimizer), recording.key
 
 
 def scalars_of(

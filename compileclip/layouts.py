@@ -1,0 +1,57 @@
+"""How parameters, gradients and state lie in memory, which fused kernels take to be alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from compileclip.lowering.plain import is_dense
+
+
+def are_alike(optimizer: Optimizer, params: Sequence[Tensor]) -> bool:
+    """Whether each parameter, its gradient and its state are, where a fused kernel needs it.
+
+    It takes elements in the order of memory, so that others would be updated by each other's.
+    """
+    if not any(group.get("fused") for group in optimizer.param_groups):
+        return True
+    states = optimizer.state.values()
+    held = chain(params, (p.grad for p in params), chain.from_iterable(map(dict.values, states)))
+    try:
+        if all(map(Tensor.is_contiguous, held)):
+            return True
+    except TypeError:  # a number, or None
+        pass
+    return all(_is_alike(p, optimizer.state.get(p, {})) for p in params)
+
+
+def _is_alike(param: Tensor, state: Mapping[str, Any]) -> bool:
+    tensors = [t for t in (param.grad, *state.values()) if isinstance(t, Tensor)]
+    shaped = [t for t in tensors if t.shape == param.shape and _is_strided(t)]
+    if not _is_strided(param) or param.numel() < 2 or not shaped:
+        return True
+    return is_dense(param) and all(t.stride() == param.stride() for t in shaped)
+
+
+@contextmanager
+def unfused(optimizer: Optimizer) -> Iterator[None]:
+    """Within it, the optimizer steps by torch's other kernels."""
+    fused = [group for group in optimizer.param_groups if group.get("fused")]
+    for group in fused:
+        group["fused"] = False
+    try:
+        yield
+    finally:
+        for group in fused:
+            group["fused"] = True
+
+
+def _is_strided(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, Parameter) and tensor.layout == torch.strided

@@ -1,0 +1,91 @@
+"""What would be accepted and have no effect, or a wrong one: refused when an optimizer is wrapped.
+
+Private marks are looked for here: those that torch 2.13, DeepSpeed, Megatron-Core and fairscale set
+on parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+# Keys of a parameter group that would be taken for a bound of that group alone.
+_BOUNDS = {"max_norm", "norm_type", "norm_group", "nonfinite", "write_grads", "max_grad_norm"}
+_BOUNDS |= {"clip_grad", "clip_norm", "clip_value", "clip_grad_norm", "grad_clip"}
+_BOUNDS |= {"gradient_clip_val"}
+# By its mark, whose parameters or gradients are one rank's part of something larger.
+_PARTS = {
+    "_fsdp_flattened": "FSDP1 (FullyShardedDataParallel)",
+    "_is_flat_param": "FSDP1 (FullyShardedDataParallel)",
+    "_is_sharded": "fairscale's FSDP",
+    "ds_id": "DeepSpeed's ZeRO-3",
+    "_hp_mapping": "DeepSpeed's ZeRO",
+    "tensor_model_parallel": "Megatron's tensor parallelism",
+}
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """See that nothing of ``optimizer`` keeps its wrapped step from meaning what it seems to.
+
+    Raises:
+        ValueError: something does; the message says what, and what helps.
+    """
+    inner = getattr(optimizer, "base_optimizer", None)
+    name = type(optimizer).__name__
+    if isinstance(inner, Optimizer):
+        raise ValueError(
+            f"{name} steps another optimizer, its base_optimizer, and may evaluate the closure "
+            "again in its step, with gradients that would not be clipped; wrap that one: "
+            f"make {name} with wrap(...) as its base optimizer, or set "
+            "opt.base_optimizer = compileclip.wrap(opt.base_optimizer, max_norm)"
+        )
+    for group in optimizer.param_groups:
+        check_group(group, optimizer)
+
+
+def check_group(group: Mapping[str, Any], optimizer: Optimizer) -> None:
+    """See that a parameter group asks for nothing that would be ignored.
+
+    Raises:
+        ValueError: it does, or a parameter of it is one rank's part of something larger.
+    """
+    for key in group:
+        if key in _BOUNDS and key not in optimizer.defaults:
+            raise ValueError(
+                f"a parameter group has {key}={group[key]!r}, which would be ignored: one bound "
+                "holds for all groups; leave it out, or clip that group by itself with "
+                "compileclip.clip_grad_norm_ before the step"
+            )
+    if group.get("differentiable"):
+        raise ValueError(
+            "differentiable=True: no gradient flows through a step that clips; call "
+            "torch.nn.utils.clip_grad_norm_ on the gradients and step the bare optimizer"
+        )
+    for p in group["params"]:
+        if isinstance(p, Tensor):  # what else there may be, the optimizer will say
+            check_parameter(p)
+
+
+def misses_its_closure(error: Exception) -> bool:
+    """Whether a step failed since it was not given the closure, which the wrapper evaluates."""
+    return "closure" in str(error).lower() or "'NoneType' object is not callable" in str(error)
+
+
+def check_parameter(param: Tensor) -> None:
+    """See that ``param`` is not known to be one rank's part of a model.
+
+    Raises:
+        ValueError: it is, so that the norm would be that of the part.
+    """
+    own = vars(param)
+    whose = next((who for mark, who in _PARTS.items() if own.get(mark, False) is not False), None)
+    if whose is not None:
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)} is one rank's part, of {whose}: each rank "
+            "would clip by the norm of its own part; clip with that library's own function (such "
+            "as FullyShardedDataParallel.clip_grad_norm_) and step the bare optimizer, or shard "
+            "with FSDP2 (torch.distributed.fsdp.fully_shard)"
+        )

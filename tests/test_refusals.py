@@ -1,0 +1,204 @@
+"""What would be accepted and have no effect, or a wrong one, is refused when it is wrapped."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import params_like, set_grads
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+
+import compileclip
+
+KEYS = ["max_norm", "norm_type", "norm_group", "max_grad_norm", "clip_value"]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_bound_of_one_group(key: str) -> None:
+    inner = SGD([{"params": params_like([(3,)]), key: 0.1}], lr=0.1)
+    with pytest.raises(
+        ValueError, match=f"a parameter group has {key}=0.1, which would be ignored"
+    ):
+        compileclip.wrap(inner, 1.0)
+
+
+def test_a_bound_of_a_group_that_is_added_or_loaded() -> None:
+    opt = compileclip.wrap(SGD(params_like([(3,)]), lr=0.1), 1.0)
+    with pytest.raises(ValueError, match=r"max_norm=0\.1, which would be ignored"):
+        opt.add_param_group({"params": params_like([(4,)]), "max_norm": 0.1})
+    assert len(opt.param_groups) == 1
+    state = copy.deepcopy(opt.state_dict())
+    state["param_groups"][0].update(max_norm=0.1, lr=7.0)
+    with pytest.raises(ValueError, match=r"max_norm=0\.1, which would be ignored"):
+        opt.load_state_dict(state)
+    assert opt.param_groups[0]["lr"] == 0.1
+    opt.add_param_group({"params": iter(params_like([(4,)]))})
+    opt.add_param_group({"params": params_like([(5,)])[0]})
+    assert [len(group["params"]) for group in opt.param_groups] == [1, 1, 1]
+
+
+class OwnClip(SGD):
+    """An optimizer that clips by itself, which is its own business."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        self.defaults["max_grad_norm"] = 1.0
+        for group in self.param_groups:
+            group["max_grad_norm"] = 1.0
+
+
+def test_a_hyperparameter_of_the_optimizer_is_its_own() -> None:
+    compileclip.wrap(OwnClip(params_like([(3,)])), 1.0)
+
+
+@pytest.mark.parametrize("name", ["max_norm", "norm_type"])
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (torch.tensor(1.0), "is a tensor, whose value would be read now"),
+        (True, "is no number"),
+        ("1.0", "is no number"),
+    ],
+)
+def test_a_bound_that_is_no_number(name: str, value: Any, reason: str) -> None:
+    inner = SGD(params_like([(3,)]), lr=0.1)
+    options = {"max_norm": 1.0, name: value}
+    with pytest.raises(TypeError, match=f"{name}.*{reason}"):
+        compileclip.wrap(inner, **options)
+    opt = compileclip.wrap(inner, np.float32(1.0), norm_type=2)
+    if name == "max_norm":
+        with pytest.raises(TypeError, match=reason):
+            opt.max_norm = value
+        assert opt.max_norm == 1.0
+
+
+@pytest.mark.parametrize("value", [1, 0, "yes"])
+def test_write_grads_is_a_bool_or_none(value: Any) -> None:
+    with pytest.raises(ValueError, match="write_grads="):
+        compileclip.wrap(SGD(params_like([(3,)]), lr=0.1), 1.0, write_grads=value)
+
+
+def test_differentiable() -> None:
+    inner = SGD(params_like([(3,)]), lr=0.1, differentiable=True)
+    with pytest.raises(ValueError, match="no gradient flows through a step that clips"):
+        compileclip.wrap(inner, 1.0)
+
+
+class SAM(Optimizer):
+    """Sharpness-aware minimization, as its users write it (Foret et al., 2020)."""
+
+    def __init__(self, params: Any, base: Callable[[Any], Optimizer], rho: float = 0.05) -> None:
+        super().__init__(params, {"rho": rho})
+        self.base_optimizer = base(self.param_groups)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        assert closure is not None, "SAM requires closure"
+        closure = torch.enable_grad()(closure)
+        loss = closure()
+        params = [p for group in self.param_groups for p in group["params"]]
+        norm = torch.stack([p.grad.norm() for p in params]).norm()
+        moved = [p.grad * (self.param_groups[0]["rho"] / norm) for p in params]
+        for p, way in zip(params, moved, strict=True):
+            p.add_(way)
+        closure()
+        for p, way in zip(params, moved, strict=True):
+            p.sub_(way)
+        self.base_optimizer.step()
+        return loss
+
+
+class StepsTwice(SGD):
+    """A step that evaluates the closure by itself, without an optimizer inside."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = torch.enable_grad()(closure)()
+        super().step()
+        return loss
+
+
+def closure_of(opt: Optimizer) -> Callable[[], torch.Tensor]:
+    def closure() -> torch.Tensor:
+        opt.zero_grad()
+        loss = sum(p.square().sum() for group in opt.param_groups for p in group["params"])
+        assert isinstance(loss, torch.Tensor)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def test_an_optimizer_around_another_one() -> None:
+    """The remedy that is named is tried."""
+    inner = SAM(params_like([(3,)]), lambda p: SGD(p, lr=0.1))
+    with pytest.raises(ValueError, match=r"SAM steps another optimizer.*opt.base_optimizer ="):
+        compileclip.wrap(inner, 1.0)
+    (p,) = inner.param_groups[0]["params"]
+    q = nn.Parameter(p.detach().clone())
+    inner.base_optimizer = compileclip.wrap(inner.base_optimizer, 0.1)
+    by_hand = SAM([q], lambda p: SGD(p, lr=0.1))
+
+    def clip(*_: Any) -> None:
+        compileclip.clip_grad_norm_([q], 0.1)
+
+    by_hand.base_optimizer.register_step_pre_hook(clip)
+    for _ in range(3):
+        inner.step(closure_of(inner))
+        by_hand.step(closure_of(by_hand))
+    assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("mode", ["auto", "eager"])
+def test_a_step_that_asks_for_its_closure(mode: str) -> None:
+    opt = compileclip.wrap(StepsTwice(params_like([(3,)]), lr=0.1), 1.0, mode=mode)
+    with pytest.raises(RuntimeError, match="the step of StepsTwice asks for its closure"):
+        opt.step(closure_of(opt))
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("use_orig_params", [False, True])
+@pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+def test_fsdp1(use_orig_params: bool, alone: None) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = nn.Linear(4, 3)
+    early = compileclip.wrap(AdamW(model.parameters(), lr=0.1), 1.0)
+    sharded = FullyShardedDataParallel(
+        model, use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    )
+    with pytest.raises(ValueError, match="one rank's part, of FSDP1"):
+        compileclip.wrap(AdamW(sharded.parameters(), lr=0.1), 1.0)
+    if use_orig_params:  # the parameters that the optimizer has had before
+        before = [p.detach().clone() for p in sharded.parameters()]
+        sharded(torch.ones(2, 4)).sum().backward()
+        with pytest.raises(ValueError, match="one rank's part, of FSDP1"):
+            early.step()
+        assert all(map(torch.equal, before, sharded.parameters()))
+
+
+@pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping", "tensor_model_parallel", "_is_sharded"])
+def test_marks_of_other_libraries(mark: str) -> None:
+    params = params_like([(3,), (4,)])
+    set_grads(params, 0)
+    setattr(params[1], mark, False)
+    opt = compileclip.wrap(SGD(params, lr=0.1), 1.0)
+    setattr(params[1], mark, {"ds_id": 0, "_hp_mapping": None}.get(mark, True))
+    with pytest.raises(ValueError, match="one rank's part"):
+        opt.step()
+    with pytest.raises(ValueError, match="one rank's part"):
+        compileclip.wrap(SGD(params, lr=0.1), 1.0)
