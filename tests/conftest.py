@@ -41,3 +41,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test finds out about a program is nothing to the next."""
+    from compileclip import kernels, work
+
+    for module, name in ((kernels, "_made"), (work, "_known"), (work, "_formulas")):
+        monkeypatch.setattr(module, name, {})
+    monkeypatch.setattr(kernels, "_checked", set())
