@@ -31,14 +31,18 @@ class DeviceKernels:
     Attributes:
         target: what runs them.
         max_norm: the bound to which they clip, 0-dim float64 on the device.
-        compilations: how many programs were compiled.
     """
 
     def __init__(self, optimizer: Optimizer, target: Target) -> None:
-        self.compilations, self.target = 0, target
+        self.target = target
         self.max_norm = torch.zeros((), dtype=torch.float64, device=target.device)
         self._optimizer = optimizer
-        self._compiled: set[Any] = set()
+        self._used: set[Any] = set()
+
+    @property
+    def compilations(self) -> int:
+        """How many programs there are, each of which was compiled once in this process."""
+        return len(self._used)
 
     def knows(self, work: Work, kind: Kind) -> bool:
         """Whether there is a kernel of this step of a bucket that has been checked."""
@@ -83,11 +87,9 @@ class DeviceKernels:
         new = {k: v.dtype for k, v in work.made.items() if isinstance(v, Tensor) and v.dim() > 0}
         dtypes = work.bucket.dtypes | new
         key = (self.target.device, recording.key, tuple(dtypes.items()), kind)
-        if key not in self._compiled:
-            if key not in _made:
-                _made[key] = self.target.kernel(_assembled(recording, dtypes, kind))
-            self._compiled.add(key)
-            self.compilations += 1
+        if key not in _made:
+            _made[key] = self.target.kernel(_assembled(recording, dtypes, kind))
+        self._used.add(key)
         return _made[key]
 
     def _check(

@@ -44,10 +44,9 @@ def _seed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def _nothing_known() -> None:
     """What one test finds out about a program is nothing to the next."""
     from compileclip import kernels, work
 
-    for module, name in ((kernels, "_made"), (work, "_known"), (work, "_formulas")):
-        monkeypatch.setattr(module, name, {})
-    monkeypatch.setattr(kernels, "_checked", set())
+    for known in (kernels._made, kernels._checked, work._known, work._formulas):
+        known.clear()
