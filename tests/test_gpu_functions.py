@@ -84,6 +84,15 @@ def test_nothing_is_written_twice(device: str) -> None:
     assert gpu.scale_([torch.ones(4, 3, device=device).t()], factor)
 
 
+def test_numbers_that_are_not_computed_with_here(device: str) -> None:
+    """Their rounding is torch's business."""
+    given = [torch.ones(3, device=device)]
+    for number in (torch.ones((), dtype=torch.bfloat16), torch.ones(1), torch.ones((), dtype=int)):
+        assert not gpu.clip_(given, 0.5, number.to(device))
+        assert not gpu.scale_(given, number.to(device))
+    assert torch.equal(given[0], torch.ones_like(given[0]))
+
+
 def test_what_is_written_is_told_to_autograd(device: str) -> None:
     x = torch.ones(3, device=device, requires_grad=True)
     kept = x.detach() * 2

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 ORDERS = (1.0, 2.0, math.inf)
 DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
+NUMBERS = {torch.float32, torch.float64}  # of norms and factors
 _dtype, _device = attrgetter("dtype"), attrgetter("device")
 _failed = False  # a kernel of this process
 
@@ -70,6 +71,8 @@ def clamp_(tensors: Sequence[Tensor], most: float) -> bool:
 def _written(tensors: Sequence[Tensor], number: Tensor | None, kind: str, bound: float) -> bool:
     asked = tensors if number is None else [*tensors, number]
     if not _serves(asked) or not all(map(_has_each_once, tensors)):
+        return False
+    if number is not None and (number.dim() or number.dtype not in NUMBERS):
         return False
 
     def run() -> bool:
