@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import importlib.util
+import os
 import sys
 import types
 import unittest
@@ -28,7 +29,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("sweep"):
                 item.add_marker(pytest.mark.skip(reason="minutes of compilation; -m sweep"))
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or os.environ.get("COMPILECLIP_GPU_TESTS") == "1":
         for item in items:
             if "device" in getattr(item, "fixturenames", ()):  # of triton_runs.py
                 item.add_marker(pytest.mark.gpu)

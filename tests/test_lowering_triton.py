@@ -90,13 +90,15 @@ def corners(dtype: torch.dtype, device: str) -> list[Tensor]:
     return [torch.cat((g.flatten(), torch.randn(5000, dtype=dtype))).to(device) for g in grids]
 
 
-def results(name: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+def results(
+    name: str, dtype: torch.dtype, device: str, scalar: float = SCALARS["s"]
+) -> tuple[Tensor, Tensor, Tensor]:
     """What the kernel and eager make of an operation, and their operands."""
     made = one_operation((CASES | LIBRARY)[name], dtype)
     tensors = dict(zip("xyz", corners(dtype, device), strict=True))
     tensors["out"] = torch.zeros_like(tensors["x"])
-    expected = run_eager(made, tensors, SCALARS, exact_sqrt=device == "cpu")["out"]
-    launch(made, {k: [t] for k, t in tensors.items()}, SCALARS, {})
+    expected = run_eager(made, tensors, {"s": scalar}, exact_sqrt=device == "cpu")["out"]
+    launch(made, {k: [t] for k, t in tensors.items()}, {"s": scalar}, {})
     return tensors["out"], expected, torch.stack([tensors[k] for k in "xyz"])
 
 
@@ -104,9 +106,10 @@ def results(name: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor,
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", [*CASES, *LIBRARY])
 def test_each_operation_rounds_as_aten_does(name: str, dtype: torch.dtype) -> None:
-    actual, expected, _ = results(name, dtype, "cuda")
-    check(actual, expected, LAST_PLACES[dtype] if name in LIBRARY else 0)
-    assert torch.equal(actual.signbit() | actual.isnan(), expected.signbit() | expected.isnan())
+    for scalar in (SCALARS["s"], 0.1, 1 / 3, math.sqrt(0.001)):  # the others are no float32
+        actual, expected, _ = results(name, dtype, "cuda", scalar)
+        check(actual, expected, LAST_PLACES[dtype] if name in LIBRARY else 0)
+        assert torch.equal(actual.signbit() | actual.isnan(), expected.signbit() | expected.isnan())
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="by test_in_the_interpreter")

@@ -5,22 +5,26 @@ program; a full block of aligned tensors runs without masks, so that its loads a
 and every other block with them. The host's scalars are kernel arguments annotated as float64,
 which Triton neither rounds nor specialises on: nothing is compiled again when they change.
 
-Rounding is meant to be that of ATen's CUDA kernels, by their source (``DeviceAddCmulCdiv.cuh``,
-``Lerp.h``, ``BinaryDivTrueKernel.cu``, ``PowKernel.cu``) and nvcc's defaults: a product and a sum
-within one functor are contracted, division and square root are IEEE's, subnormals are kept. So:
+Rounding is that of ATen's CUDA kernels, by their source (``BinaryDivTrueKernel.cu``, ``Lerp.h``,
+``DeviceAddCmulCdiv.cuh``, ``PowKernel.cu``) and nvcc's defaults: a product and a sum within one
+functor are contracted, division and square root are IEEE's, subnormals are kept. So:
 
 * ``add``, ``sub``, ``rsub`` with alpha: ``fma(alpha, b, a)``
-* ``lerp``: ``fma(weight, b - a, a)`` where ``|weight| < 0.5``, else ``fma(b - a, weight - 1, b)``
+* ``lerp``: ``fma(weight, b - a, a)`` where ``|weight| < 0.5``, else
+  ``fma(b - a, -(1 - weight), b)``
 * ``addcmul``: ``fma(value, b * c, a)``, and ``fma(b, c, a)`` where value is 1
 * ``addcdiv``: ``fma(value, b / c, a)``
-* ``div`` by a scalar of the host: a product with its reciprocal, rounded in between
+* ``div`` by a number of the host: a product with its reciprocal, which is taken in float64
 * ``pow``: products for 2, 3 and -2, ``sqrt``, ``rsqrt`` and ``reciprocal`` for 0.5, -0.5 and -1
 * otherwise ``pow``, ``exp`` and ``log`` are those of the libdevice that Triton brings, without its
   contractions. torch's are of its CUDA version: the last bits of a ``pow`` may differ, and so those
   of ``beta ** step`` where step counts stay on the device
-* float16 and bfloat16: each operation in float32, rounded once; their scalars are float32
+* float16 and bfloat16: each operation in float32, rounded once
+* a number of the host is taken in the dtype that is computed in, so float32 for these two; but in
+  theirs as an exponent and where it is compared with, as it is where it fills a tensor
 
-Not yet compared with a GPU: ``tests/test_lowering_triton.py`` does it where there is one.
+``tests/aten_cuda.py`` is a model of that, which the kernels are held against without a GPU; on one,
+``tests/test_lowering_triton.py`` holds them against ATen itself.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def lerp(start: tl.tensor, end: tl.tensor, weight: tl.tensor) -> tl.tensor:
     """From start to end by weight, from whichever is nearer."""
     way = end - start
     near_start = tl.fma(weight, way, start)
-    near_end = tl.fma(way, weight - 1.0, end)
+    near_end = tl.fma(way, (1.0 - weight) * -1.0, end)  # by 1, the sign of a zero is this one's
     return tl.where(tl.abs(weight) < 0.5, near_start, near_end)
 
 
