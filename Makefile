@@ -56,24 +56,24 @@ bench: $(VENV)/ready
 SAVE = if [ -n "$$OUT" ]; then mkdir -p "$$OUT" && tar czf "$$OUT/bench.tar.gz" -C build bench; fi
 GPU_BENCH = $(PYTHON) -m bench
 GPU_METHOD = --device cuda --compile-tensors 0 --no-first-steps --repetitions 20 --no-plots
-XDIST = $$($(PYTHON) -c "import xdist" 2> /dev/null && echo "-n 12")
+XDIST = $$($(PYTHON) -c "import xdist" 2> /dev/null && echo "-n 16")
 gpu:
 	-timeout 30 $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
 	mkdir -p build/bench
 	failed=; \
 	timeout 150 $(PYTHON) -m pytest -q --tb=short -m gpu $(XDIST) > build/bench/gpu-tests.txt 2>&1 \
 	    || failed="$$failed tests"; tail -n 40 build/bench/gpu-tests.txt; $(SAVE); \
-	timeout 110 $(GPU_BENCH) \
+	timeout 100 $(GPU_BENCH) \
 	    step --name step-bfloat16 --dtype bfloat16 --shapes gpt2 $(GPU_METHOD) \
-	    + step --shapes gpt2 2000x32x32 1x1000 resnet50 llama-1b $(GPU_METHOD) --minutes 1.4 \
+	    + step --shapes gpt2 2000x32x32 1x1000 resnet50 llama-1b $(GPU_METHOD) --minutes 1.1 \
 	    || failed="$$failed step"; $(SAVE); \
-	timeout 60 $(GPU_BENCH) scaling --tensors 10 1000 5000 --sizes 1e5 1e7 1e9 $(GPU_METHOD) \
-	    --rows "clip + fused,multi_tensor,limit" --minutes 0.8 || failed="$$failed scaling"; $(SAVE); \
+	timeout 50 $(GPU_BENCH) scaling --tensors 10 1000 5000 --sizes 1e5 1e7 1e9 $(GPU_METHOD) \
+	    --rows "clip + fused,multi_tensor,limit" --minutes 0.5 || failed="$$failed scaling"; $(SAVE); \
 	timeout 50 $(GPU_BENCH) train --device cuda --no-plots \
 	    --rows torch "torch, fused" compileclip "compileclip, eager" \
 	    || failed="$$failed train"; $(SAVE); \
-	timeout 65 $(GPU_BENCH) scaling --device cuda --name compilation --tensors 10 30 --sizes \
-	    --rows "clip + fused,one graph,multi_tensor,limit" --no-plots --minutes 0.9 \
+	timeout 55 $(GPU_BENCH) scaling --device cuda --name compilation --tensors 10 30 --sizes \
+	    --rows "clip + fused,one graph,multi_tensor,limit" --no-plots --minutes 0.6 \
 	    || failed="$$failed compilation"; $(SAVE); \
 	echo; echo "Failed or out of time: $${failed:-nothing}"; \
 	timeout 15 $(PYTHON) -m bench.digest build/bench; \

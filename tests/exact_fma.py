@@ -33,7 +33,8 @@ def _fma64(x: Array, y: Array, z: Array) -> Array:
     result = top + _to_odd(*_two_sum(sum_low, rest))
     sizes = np.abs(np.stack((x, y, z)))
     plain = ~np.isfinite(sizes).all(0) | (x == 0) | (y == 0)
-    result = np.where(plain, x * y + z, result)
+    infinite = np.isfinite(x) & np.isfinite(y) & np.isinf(z)  # however large the product is
+    result = np.where(plain, np.where(infinite, z, x * y + z), result)
     odd = ~plain & ((sizes > 2.0**400) | ((sizes < 2.0**-400) & (sizes > 0))).any(0)
     for i in np.argwhere(odd):
         at = tuple(i)

@@ -83,15 +83,13 @@ def test_scale_is_applied_in_float32_and_rounded_once(
 
 
 @pytest.mark.parametrize("write_grads", [None, True, False])
-@pytest.mark.parametrize("max_norm", [0.1, 1e4])
 @pytest.mark.parametrize("name", NAMES)
-def test_wrapped_against_clip_and_step(
-    name: str, max_norm: float, write_grads: bool | None
-) -> None:
+def test_wrapped_against_clip_and_step(name: str, write_grads: bool | None) -> None:
     """Kernels round as torch's for-loop does; its foreach and fused kernels round otherwise."""
-    ours = compileclip.wrap(OPTIMIZERS[name](cuda_params()), max_norm, write_grads=write_grads)
+    ours = compileclip.wrap(OPTIMIZERS[name](cuda_params()), 1.0, write_grads=write_grads)
     theirs = OPTIMIZERS[name](cuda_params())
     for step in range(6):
+        ours.max_norm = max_norm = 1e4 if step in (1, 2) else 0.1
         for opt in (ours, theirs):
             set_grads(opt.param_groups[0]["params"], step)
         norm = compileclip.clip_grad_norm_(theirs.param_groups[0]["params"], max_norm)
@@ -174,7 +172,7 @@ def test_grad_scaler(name: str, unscale: bool) -> None:
 
     (ours, mine), (theirs, other) = run(True), run(False)
     assert mine == other
-    assert len(set(mine)) > 2
+    assert len(set(mine)) == 2
     if name.endswith("_forloop"):
         assert_same_optimizer(ours, theirs)
         return

@@ -107,7 +107,7 @@ def quotient_of_float16(x: tl.tensor, y: tl.tensor, PACKED: tl.constexpr) -> tl.
     """The quotient of two float16, as an IEEE-rounded float32.
 
     Their exponents are far from the ends of float32's, so that ``div.rn.f32`` is no more than this:
-    a reciprocal, improved, and a quotient, corrected twice. Where that is NaN, a zero or an
+    a reciprocal, improved, and a quotient, corrected twice. Where that is 0 or NaN, a zero or an
     infinity is among them and the first product is exact.
     """
     if PACKED:
@@ -119,7 +119,7 @@ def quotient_of_float16(x: tl.tensor, y: tl.tensor, PACKED: tl.constexpr) -> tl.
         near = x * inverse
         near = tl.fma(inverse, tl.fma(minus, near, x), near)
         exact = tl.fma(inverse, tl.fma(minus, near, x), near)
-        result = tl.where(exact == exact, exact, x * rough)
+        result = tl.where(tl.abs(exact) > 0, exact, x * rough)
     else:
         result = quotient(x, y)
     return result
