@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from lowering_operations import CASES, one_operation
@@ -9,6 +11,7 @@ from lowering_programs import run_eager
 from torch import Tensor
 
 pytest.importorskip("triton")
+from optimizer_programs import ADAMW, programs
 from test_lowering_triton import launch
 from triton_runs import INTERPRETED
 from triton_targets import compile_program
@@ -40,6 +43,22 @@ def test_no_number_is_rounded_alone(dtype: torch.dtype, target: str) -> None:
     code = compile_program(target, one_operation(CASES["addcmul"], dtype))
     assert code.text.count(f"cvt.rn.{kind}x2.f32") == 2 * 4  # the full block and the tail
     assert f"cvt.rn.{kind}.f32" not in code.text
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    ("dtype", "most"),
+    # Rounded one at a time: 45.25 of either, where a division and a root count as one instruction
+    # each; of float16 they are written out, for these have branches.
+    [(torch.float32, 24.5), (torch.bfloat16, 31.0), (torch.float16, 64.0)],
+    ids=str,
+)
+def test_instructions_for_an_element_of_adamw(dtype: torch.dtype, most: float, target: str) -> None:
+    (made,) = programs(ADAMW, dtype)
+    block = compile_program(target, made).widest.text  # 8 elements for each thread
+    lines = re.findall(r"^\s+(?:@!?%p\d+\s+)?[a-z][\w.]*[^:\n]*;", block, re.MULTILINE)
+    print(f"observed {len(lines) / 8}")
+    assert len(lines) / 8 <= most
 
 
 @pytest.mark.gpu
