@@ -93,6 +93,19 @@ def test_numbers_that_are_not_computed_with_here(device: str) -> None:
     assert torch.equal(given[0], torch.ones_like(given[0]))
 
 
+def test_what_has_no_memory_is_torchs_business(device: str) -> None:
+    """And of no consequence for the next."""
+
+    def norm(x: Tensor) -> Tensor:
+        assert gpu.total_norm([x], 2.0) is None
+        assert not gpu.scale_([x], torch.ones((), device=device))
+        return x.norm()
+
+    batch = torch.randn(3, 5, device=device)
+    assert torch.func.vmap(norm)(batch).shape == (3,)
+    assert gpu.total_norm([batch], 2.0) is not None
+
+
 def test_what_is_written_is_told_to_autograd(device: str) -> None:
     x = torch.ones(3, device=device, requires_grad=True)
     kept = x.detach() * 2

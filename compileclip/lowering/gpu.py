@@ -40,13 +40,15 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor | None:
     if norm_type not in ORDERS or not _serves(tensors):
         return None
 
+    dense = [t if _has_each_once(t) else t.contiguous() for t in tensors]
+    lists = _lists(dense)
+
     def run() -> Tensor:
         from compileclip.lowering.triton_norm import Shares
 
-        dense = [t if t.is_contiguous() or plain.is_dense(t) else t.contiguous() for t in tensors]
-        return Shares(_lists(dense), norm_type).end()
+        return Shares(lists, norm_type).end()
 
-    return _tried(run, "the norm's kernel")
+    return _tried(run, "the norm's kernel") if lists else None
 
 
 def scale_(tensors: Sequence[Tensor], scale: Tensor) -> bool:
@@ -75,12 +77,13 @@ def _written(tensors: Sequence[Tensor], number: Tensor | None, kind: str, bound:
     if number is not None and (number.dim() or number.dtype not in NUMBERS):
         return False
 
+    lists = _lists(tensors)
+    if not lists or not _are_apart(tensors):
+        return False
+
     def run() -> bool:
         from compileclip.lowering.triton_scale import write
 
-        lists = _lists(tensors)
-        if not _are_apart(tensors):
-            return False
         write(lists, number, kind, bound)
         increment_version(tensors)
         return True
@@ -124,16 +127,20 @@ def _tried(run: Callable[[], _T], what: str) -> _T | None:
 
 
 def _lists(tensors: Sequence[Tensor]) -> list[List]:
-    """``tensors``, without gaps, as kernels take them: a list per dtype."""
+    """``tensors``, without gaps, as kernels take them: a list per dtype; none without memory."""
     from compileclip.lowering.triton_lists import on_device
     from compileclip.lowering.triton_norm import List, chunks
 
     device, found = tensors[0].device, []
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
     for dtype in dict.fromkeys(map(_dtype, tensors)):
         group = [t for t in tensors if t.dtype == dtype]
-        sizes, blocks = chunks(tuple(map(Tensor.numel, group)), device)
-        addresses = on_device(list(map(Tensor.data_ptr, group)), device)
-        found.append(List(addresses, sizes, blocks, dtype))
+        try:
+            pointers = list(map(Tensor.data_ptr, group))
+        except RuntimeError:  # a wrapper of functorch's
+            return []
+        sizes, blocks = chunks(tuple(map(Tensor.numel, group)), device, stream)
+        found.append(List(on_device(pointers, device), sizes, blocks, dtype))
     return found
 
 

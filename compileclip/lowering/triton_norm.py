@@ -139,6 +139,9 @@ def _wide(dtype: torch.dtype, norm_type: float) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def chunks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Sizes and ``block_list`` on the device; both are the same at every step."""
+def chunks(sizes: tuple[int, ...], device: torch.device, stream: int = 0) -> tuple[Tensor, Tensor]:
+    """Sizes and ``block_list`` on the device; both are the same at every step.
+
+    Those of one ``stream`` were written on it, and are on it until their memory is another's.
+    """
     return on_device(sizes, device), block_list(sizes, CHUNK).to(device)
