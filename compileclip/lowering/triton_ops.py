@@ -127,8 +127,8 @@ def _binary(operator: str) -> Rule:
 _SAME = _template("{}", 1)
 _MUL, _WHERE = _binary("*"), _template("tl.where({}, {}, {})", 3)
 _FILL = _template("tl.where({1}, {2}, {0})", 3)
-_LIBRARY = ("acos", "asin", "atan", "cos", "exp", "exp2", "expm1", "log", "log10", "log1p", "log2")
-_LIBRARY += ("sin", "tan", "tanh")
+_LIBRARY = ["acos", "asin", "atan", "cos", "exp", "exp2", "expm1", "log", "log10", "log1p", "log2"]
+_LIBRARY += ["sin", "tan", "tanh"]
 OPERATIONS: dict[Any, Rule] = {
     ATEN.abs.default: _template("tl.abs({})", 1),
     ATEN.neg.default: _template("{} * -1.0", 1),  # Triton's minus takes 0 from 0 to +0
