@@ -125,8 +125,6 @@ class _Build:
             result = self.where(leaves[1], leaves[2], leaves[0])
         elif call.func == ATEN.where.self:
             result = self.where(*leaves)
-        elif name.startswith("masked_fill") and _is_float(leaves[2]):
-            result = self.call(ATEN.masked_fill.Scalar, *leaves)
         else:
             kept = {k: v for k, v in keywords.items() if k not in ("out", "memory_format")}
             result = self.call(functional(call.func), *leaves[:count], **kept)

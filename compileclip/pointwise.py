@@ -17,8 +17,6 @@ _UNTAGGED = {
     ATEN._to_copy.default,
     ATEN.lift_fresh.default,
     ATEN.index_put_.default,  # by a mask
-    ATEN.masked_fill_.Tensor,
-    ATEN.masked_fill.Tensor,
     ATEN.fill_.Scalar,
     ATEN.fill_.Tensor,
     ATEN.zero_.default,

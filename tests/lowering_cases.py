@@ -117,7 +117,6 @@ CASES: dict[str, Callable[[Any, Any, Any, Any, Any], Any]] = {
     "clamp_min_tensor": lambda a, b, c, s, v: aten.clamp_min.Tensor(a, b),
     "clamp_max_tensor": lambda a, b, c, s, v: aten.clamp_max.Tensor(a, b),
     "masked_fill": lambda a, b, c, s, v: aten.masked_fill.Scalar(a, aten.gt.Tensor(a, b), s),
-    "masked_fill_0dim": lambda a, b, c, s, v: aten.masked_fill.Tensor(a, aten.le.Tensor(a, b), v),
     "masked_fill_mask": lambda a, b, c, s, v: aten.masked_fill.Scalar(
         aten.gt.Tensor(a, b), aten.lt.Tensor(a, c), 1.0
     ),

@@ -95,6 +95,7 @@ def _made(cls: type[Optimizer], params: Any) -> Any:
 def _error(ours: Tensor, theirs: Tensor) -> float:
     if torch.equal(ours, theirs):
         return 0.0
+    ours, theirs = ours.detach(), theirs.detach()
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 

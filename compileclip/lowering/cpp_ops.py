@@ -84,7 +84,6 @@ FUNCTIONS = {
     aten.lt.Scalar: "lt",
     aten.lt.Tensor: "lt",
     aten.masked_fill.Scalar: "masked_fill",
-    aten.masked_fill.Tensor: "masked_fill",
     aten.maximum.default: "maximum",
     aten.minimum.default: "minimum",
     aten.mul.Scalar: "mul",

@@ -126,7 +126,7 @@ def _binary(operator: str) -> Rule:
 
 _SAME = _template("{}", 1)
 _MUL, _WHERE = _binary("*"), _template("tl.where({}, {}, {})", 3)
-_FILL = _template("tl.where({1}, {2}, {0})", 3)
+_FILL = ATEN.masked_fill.Scalar
 _LIBRARY = ["acos", "asin", "atan", "cos", "exp", "exp2", "expm1", "log", "log10", "log1p", "log2"]
 _LIBRARY += ["sin", "tan", "tanh"]
 OPERATIONS: dict[Any, Rule] = {
@@ -204,11 +204,10 @@ _LOGICAL = {
 _CHOICES = {
     getattr(ATEN.where, name): _WHERE for name in ("self", "Scalar", "ScalarSelf", "ScalarOther")
 }
-_FILLS = {getattr(ATEN.masked_fill, name): _FILL for name in ("Scalar", "Tensor")}
-OPERATIONS |= _COMPARISONS | _LOGICAL | _CHOICES | _FILLS
+OPERATIONS |= _COMPARISONS | _LOGICAL | _CHOICES | {_FILL: _template("tl.where({1}, {2}, {0})", 3)}
 BOOLEAN = {*_COMPARISONS, *_LOGICAL}
 # The place of the argument that is a mask.
-CONDITIONAL = dict.fromkeys(_CHOICES, 0) | dict.fromkeys(_FILLS, 1)
+CONDITIONAL = dict.fromkeys(_CHOICES, 0) | {_FILL: 1}
 # Here ATen takes a scalar in the tensor's dtype, elsewhere in the one that it computes in.
 NARROW_SCALARS = {*_COMPARISONS, ATEN.pow.Tensor_Scalar}
 # How the result lies in memory; its dtype is in the node's metadata.
