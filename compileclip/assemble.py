@@ -1,9 +1,13 @@
-"""From a recorded step to the program that a lowering compiles."""
+"""From a recorded step to the program that a lowering compiles.
+
+Private parts of torch, read in 2.13: ``torch._C._should_allow_numbers_as_tensors``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -11,8 +15,9 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-from compileclip.capture import SCALAR, Call, Recording, functional
+from compileclip.capture import SCALAR, Call, Recording
 from compileclip.passes.insert_norm_and_scale import STEP_NORM, InsertNormAndScale
+from compileclip.pointwise import functional
 from compileclip.program import Program
 from compileclip.shadow import NotPointwiseError
 
@@ -108,11 +113,12 @@ class _Build:
             floats = [n for n in leaves if isinstance(n, Node) and _is_float(n)]
             number = floats[0] if fill is None else fill
             result = self._filled(number, keywords.get("dtype"), self._like(leaves))
-        elif name == "copy_":
-            result = leaves[1] if isinstance(leaves[1], Node) else leaves[0]
-            if _is_float(result):
-                written = self.env[call.out]
-                result = self._filled(result, written.meta["val"].dtype, written)
+        elif name in ("copy_", "fill_", "zero_"):
+            source: Any = leaves[1] if len(leaves) > 1 else 0.0
+            written = self.env[call.out]
+            is_number = not isinstance(source, Node) or _is_float(source)
+            dtype = written.meta["val"].dtype
+            result = self._filled(source, dtype, written) if is_number else source
         elif call.func in SAME:
             result = leaves[0]
         elif call.func == ATEN.index_put_.default:
@@ -127,9 +133,28 @@ class _Build:
         self.env[call.out] = result
 
     def call(self, target: OpOverload, *args: Any, **kwargs: Any) -> Node:
+        if not torch._C._should_allow_numbers_as_tensors(target._schema.name.split("::")[1]):
+            args = tuple(self._tensors(target, args))
         node = self.graph.call_function(target, args, kwargs)
         given = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         return _valued(node, target(*given[0], **given[1]))
+
+    def _tensors(self, target: OpOverload, args: Sequence[Any]) -> Iterator[Any]:
+        """Arguments, with tensors of one value where ``target`` takes no number.
+
+        A 0-dim tensor of the host is a number here. ATen reads it in the dtype that those with
+        elements are promoted to.
+        """
+        values = [arg.meta["val"] for arg in args if isinstance(arg, Node)]
+        dtypes = [v.dtype for v in values if isinstance(v, Tensor) and v.dim() > 0]
+        for argument, given in zip(target._schema.arguments, args, strict=False):
+            if not _is_float(given) or "Tensor" not in str(argument.type):
+                yield given
+                continue
+            dtype = reduce(torch.promote_types, dtypes) if dtypes else torch.bool
+            if not dtype.is_floating_point:
+                raise NotPointwiseError(f"{target} takes a tensor that is no state")
+            yield self._filled(given, dtype, self.operands["param"])
 
     def where(self, condition: Node, one: Node, other: Node) -> Node:
         """A choice, of which either may be a float."""

@@ -26,20 +26,10 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from compileclip.pointwise import is_pointwise
 from compileclip.shadow import ChangedError, NotPointwiseError, Shadow
 
 ATEN = torch.ops.aten
-# Not tagged as pointwise, but each element of the result depends on the same element alone.
-POINTWISE = {
-    ATEN.clone.default,
-    ATEN.copy_.default,
-    ATEN.detach.default,
-    ATEN.alias.default,
-    ATEN._to_copy.default,
-    ATEN.lift_fresh.default,
-    ATEN.index_put_.default,  # by a mask
-    *(getattr(ATEN, f"{name}_like").default for name in ("zeros", "ones", "full", "empty")),
-}
 CONSTANTS = {ATEN.pow.Tensor_Scalar, ATEN.pow_.Scalar}  # another exponent is another operation
 
 
@@ -118,6 +108,8 @@ class _Recorder(TorchDispatchMode):
         self.recording = Recording()
         self._shape = tensors["param"].shape
         self._numbers: dict[int, int] = {}
+        # Made on a parameter's device in whose place nothing has values, each with its version.
+        self._filled: dict[int, tuple[Tensor, int, float]] = {}
         for name, tensor in tensors.items():
             self.recording.before[name] = self._number(tensor)
             if tensor.dim() == 0:
@@ -133,11 +125,13 @@ class _Recorder(TorchDispatchMode):
         leaves = list(_leaves(args, kwargs or {}))
         mine = [isinstance(a, Tensor) and _storage(a) in self._numbers for a in leaves]
         out = func(*args, **(kwargs or {}))
+        if func is ATEN.full.default and out.is_meta and out.dim() == 0:
+            self._filled[_storage(out)] = (out, out._version, args[1])
         if not any(mine) and not (isinstance(out, Tensor) and out.shape == self._shape):
             return out  # on the host: step counts and what is computed of them
         if func is torch.ops.prim.device.default:
             return out  # which a fake tensor is asked for
-        if func not in POINTWISE and torch.Tag.pointwise not in functional(func).tags:
+        if not is_pointwise(func):
             raise NotPointwiseError(f"{func} is not pointwise")
         counts_alone = all(a.dim() == 0 for a, m in zip(leaves, mine, strict=True) if m)
         shapes = (self._shape, ()) if counts_alone else (self._shape,)
@@ -160,8 +154,17 @@ class _Recorder(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 raise NotPointwiseError(f"{func} takes a tensor that is no state")
             return (leaf,)
-        self.recording.scalars.append(_number_of(leaf))
+        self.recording.scalars.append(self._value(leaf))
         return SCALAR
+
+    def _value(self, leaf: Any) -> float:
+        """The value of a number, or of a 0-dim tensor that is not the step's own."""
+        if not isinstance(leaf, Tensor) or _storage(leaf) not in self._filled:
+            return _number_of(leaf)
+        tensor, version, number = self._filled[_storage(leaf)]
+        if leaf._version != version:
+            raise NotPointwiseError("the step changes a number on a parameter's device")
+        return _number_of(_with_value(number, {"dtype": tensor.dtype}))
 
     def _number(self, tensor: Tensor) -> int:
         return self._numbers.setdefault(_storage(tensor), len(self._numbers))
@@ -171,7 +174,9 @@ class _Recorder(TorchDispatchMode):
         for name, value in shadow.state.items():
             if isinstance(value, Tensor) and (value.dim() > 0 or shadow.on_device):
                 shape = () if name in self.recording.counts else self._shape
-                if _storage(value) not in self._numbers or value.shape != shape:
+                if value.shape != shape:
+                    raise NotPointwiseError(f"the state {name!r} has a shape of its own")
+                if _storage(value) not in self._numbers:
                     raise NotPointwiseError(f"the state {name!r} is not computed from operands")
                 self.recording.after[name] = self._number(value)
         return self.recording
@@ -236,24 +241,6 @@ def is_same(recording: Recording, other: Recording) -> bool:
     numbers = [array("d", each.scalars).tobytes() for each in (recording, other)]
     done = (recording.calls, recording.after) == (other.calls, other.after)
     return done and numbers[0] == numbers[1]
-
-
-def functional(func: OpOverload) -> OpOverload:
-    """The overload that returns what ``func`` writes: of add_.Tensor, add.Tensor."""
-    name, overload = func._schema.name.removeprefix("aten::"), func._overloadname
-    if not func._schema.is_mutable:
-        return func
-    packet = getattr(ATEN, name.removesuffix("_"), None)
-    for candidate in (overload, "default", "Tensor", "Tensor_Scalar"):
-        found = getattr(packet, candidate, None)
-        if found is not None and not found._schema.is_mutable and _kinds(found) == _kinds(func):
-            return found  # type: ignore[no-any-return]  # getattr's is Any
-    raise NotPointwiseError(f"{func} has no functional form")
-
-
-def _kinds(func: OpOverload) -> list[str]:
-    """The types of the arguments but for a tensor that the result is written to."""
-    return [str(a.type) for a in func._schema.arguments if not a.is_out]
 
 
 def _leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:

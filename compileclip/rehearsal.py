@@ -24,6 +24,8 @@ _NAMES = {f"__{name}__": name for name in ("add", "sub", "mul", "neg", "abs", "p
 _NAMES |= {f"__i{name}__": f"{name}_" for name in ("add", "sub", "mul")}
 _NAMES |= {"__truediv__": "div", "__itruediv__": "div_", "__rmul__": "mul", "__radd__": "add"}
 _NAMES |= {f"__{name}__": name for name in ("rsub", "lt", "le", "gt", "ge")}
+_NAMES |= {f"__{name}__": f"bitwise_{name}" for name in ("and", "or", "xor")}
+_NAMES |= {"__invert__": "bitwise_not"}
 # What a real float tensor returns of itself, without an operation.
 _ITSELF = ("conj", "detach")
 _FALSE = ("is_sparse", "is_complex", "is_mkldnn", "is_meta")

@@ -104,6 +104,75 @@ class PowerInPlace(Foreign):
         p.addcdiv_(grad, grad.abs().pow_(2).add_(1), value=-group["lr"])
 
 
+class SgnLion(Foreign):
+    """Lion by ``sgn_``, without a count (lion_pytorch 0.2.5)."""
+
+    def update(self, group: Any, state: Any, p: Tensor, grad: Tensor) -> None:
+        if len(state) == 0:
+            state["exp_avg"] = torch.zeros_like(p)
+        exp_avg = state["exp_avg"]
+        p.data.mul_(1.0 - group["lr"] * 0.1)
+        update = exp_avg.clone().mul_(0.9).add(grad, alpha=1.0 - 0.9).sgn_()
+        p.add_(update, alpha=-group["lr"])
+        exp_avg.mul_(0.99).add_(grad, alpha=1.0 - 0.99)
+
+
+class Atan2Adam(Foreign):
+    """An angle in the place of a quotient (adam-atan2-pytorch)."""
+
+    def update(self, group: Any, state: Any, p: Tensor, grad: Tensor) -> None:
+        if len(state) == 0:
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        state["exp_avg"].lerp_(grad, 0.1)
+        state["exp_avg_sq"].lerp_(grad.square(), 0.01)
+        p.add_(state["exp_avg"].atan2(state["exp_avg_sq"].abs()), alpha=-group["lr"])
+
+
+class Bounds(Foreign):
+    """Numbers in 0-dim tensors, one of them made on the parameter's device (AdaBound)."""
+
+    def update(self, group: Any, state: Any, p: Tensor, grad: Tensor) -> None:
+        step_size = torch.full((), group["lr"], dtype=p.dtype, device=p.device)
+        update = grad.abs().add_(0.1)
+        torch.div(step_size, update, out=update)
+        update.clamp_(min=torch.tensor(0.01), max=torch.tensor(0.5))
+        p.sub_(update.mul_(torch.minimum(grad, torch.tensor(0.25))))
+
+
+class BoundsInPlace(Foreign):
+    """One of them written to after that."""
+
+    def update(self, group: Any, state: Any, p: Tensor, grad: Tensor) -> None:
+        step_size = torch.full((), group["lr"], dtype=p.dtype, device=p.device)
+        p.sub_(step_size.mul_(2) / grad.abs().add_(1))
+
+
+class Masks(Foreign):
+    """Elements chosen by masks (FTRL, cautious optimizers, MSVAG)."""
+
+    def update(self, group: Any, state: Any, p: Tensor, grad: Tensor) -> None:
+        agrees, small = p * grad > 0, grad.abs() <= 0.01
+        update = (grad / p).nan_to_num_(0.0, posinf=1.0, neginf=-1.0)
+        update.masked_fill_((agrees | small) & ~(p > 1), 0.0)
+        update.masked_fill_(agrees ^ small, group["lr"])
+        p.sub_(torch.where(update.isnan(), 0.0, update), alpha=group["lr"])
+
+
+class Refilled(Foreign):
+    """State that begins anew at some steps."""
+
+    def update(self, group: Any, state: Any, p: Tensor, grad: Tensor) -> None:
+        if len(state) == 0:
+            state.update(step=0, mean=torch.zeros_like(p), most=torch.empty_like(p).fill_(0.5))
+        state["step"] += 1
+        if state["step"] % 3 == 0:
+            state["mean"].zero_()
+            state["most"].fill_(torch.tensor(0.25))
+        state["mean"].add_(grad)
+        torch.max(state["most"], grad.abs(), out=state["most"])
+        p.sub_(state["mean"].floor().div_(state["most"]), alpha=group["lr"])
+
+
 class Lottery(Foreign):
     """One random number for each parameter (Magma)."""
 

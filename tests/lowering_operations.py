@@ -55,6 +55,29 @@ CASES: dict[str, Build] = {
         x,
         aten.full_like.default(x, 0.25),
     ),
+    "sgn": lambda x, y, z, s: aten.sgn.default(x),
+    "floor": lambda x, y, z, s: aten.floor.default(x),
+    "ceil": lambda x, y, z, s: aten.ceil.default(x),
+    "trunc": lambda x, y, z, s: aten.trunc.default(x),
+    "frac": lambda x, y, z, s: aten.frac.default(x),
+    "relu": lambda x, y, z, s: aten.relu.default(x),
+    "nan_to_num": lambda x, y, z, s: aten.nan_to_num.default(x),
+    "nan_to_num 3": lambda x, y, z, s: aten.nan_to_num.default(x, 0.7, s, -2.5),
+    "clamp between": lambda x, y, z, s: aten.clamp.Tensor(x, y, z),
+    "clamp below": lambda x, y, z, s: aten.clamp.Tensor(x, None, z),
+    "clamp_min": lambda x, y, z, s: aten.clamp_min.Tensor(x, y),
+    "clamp_max": lambda x, y, z, s: aten.clamp_max.Tensor(x, y),
+    "masked_fill": lambda x, y, z, s: aten.masked_fill.Scalar(x, aten.gt.Tensor(y, z), s),
+    "masks": lambda x, y, z, s: aten.masked_fill.Scalar(
+        x,
+        aten.bitwise_xor.Tensor(
+            aten.bitwise_and.Tensor(aten.isinf.default(x), aten.lt.Tensor(y, z)),
+            aten.bitwise_or.Tensor(
+                aten.bitwise_not.default(aten.isnan.default(y)), aten.logical_xor.default(x, z)
+            ),
+        ),
+        0.25,
+    ),
     "copies": lambda x, y, z, s: aten._to_copy.default(
         aten.clone.default(aten._to_copy.default(x, dtype=torch.float64)), dtype=torch.float32
     ),
@@ -63,6 +86,25 @@ LIBRARY: dict[str, Build] = {  # of transcendental functions
     "exp": lambda x, y, z, s: aten.exp.default(x),
     "log": lambda x, y, z, s: aten.log.default(x),
     "pow": lambda x, y, z, s: aten.pow.Tensor_Scalar(x, s),
+    "exp2": lambda x, y, z, s: aten.exp2.default(x),
+    "expm1": lambda x, y, z, s: aten.expm1.default(x),
+    "log2": lambda x, y, z, s: aten.log2.default(x),
+    "log10": lambda x, y, z, s: aten.log10.default(x),
+    "log1p": lambda x, y, z, s: aten.log1p.default(x),
+    "sin": lambda x, y, z, s: aten.sin.default(x),
+    "cos": lambda x, y, z, s: aten.cos.default(x),
+    "tan": lambda x, y, z, s: aten.tan.default(x),
+    "asin": lambda x, y, z, s: aten.asin.default(x),
+    "acos": lambda x, y, z, s: aten.acos.default(x),
+    "atan": lambda x, y, z, s: aten.atan.default(x),
+    "tanh": lambda x, y, z, s: aten.tanh.default(x),
+    "sigmoid": lambda x, y, z, s: aten.sigmoid.default(x),
+    "softplus": lambda x, y, z, s: aten.softplus.default(x),
+    "softplus 2": lambda x, y, z, s: aten.softplus.default(x, s, 1.7),
+    "atan2": lambda x, y, z, s: aten.atan2.default(x, y),
+    "hypot": lambda x, y, z, s: aten.hypot.default(x, y),
+    "round": lambda x, y, z, s: aten.round.default(x),  # exact, but the interpreter has no rint
+    "copysign": lambda x, y, z, s: aten.copysign.Tensor(x, y),  # likewise
 }
 SCALARS = {"s": 0.734375}  # a float32, and no weight below a half
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lowering_cases import CASES, CLOSE, UNLIKE_TAILS
+from lowering_cases import CASES, CLOSE, LAST_PLACE, UNLIKE_TAILS
 from lowering_programs import ADAMW_SCALARS, adamw, aten, program, run_eager
 from torch import Tensor
 from torch.fx import Proxy
@@ -154,10 +154,14 @@ def test_operation_rounds_as_eager(case: str, signature: str, padded: bool) -> N
     if not padded and case in UNLIKE_TAILS[SIGNATURES[signature][0] in HALF]:
         pytest.skip("ATen rounds otherwise in the tail of its vectorized loop")
     for actual, expected in outcomes(signature, padded)[case]:
-        if case in CLOSE and actual.dtype not in HALF:
-            # Observed: 1.2e-7 in float32 and 2.2e-16 in float64; of denormals 5.6e-45 and 0.
-            rtol, atol = (2.4e-7, 1e-44) if actual.dtype == F32 else (4.5e-16, 1e-320)
+        if case in CLOSE | LAST_PLACE and actual.dtype not in HALF:
+            # Observed: 2.1e-7 in float32 and 3.3e-16 in float64; of denormals, and of what softplus
+            # divides by 0.1 next to them, 1.3e-44 and 4.4e-323.
+            rtol, atol = (2.4e-7, 2e-44) if actual.dtype == F32 else (4.5e-16, 1e-320)
             torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, equal_nan=True)
+        elif case in LAST_PLACE:
+            eps = torch.finfo(actual.dtype).eps
+            torch.testing.assert_close(actual, expected, rtol=eps, atol=0, equal_nan=True)
         else:
             assert not unequal(actual, expected).any()
 
@@ -262,7 +266,7 @@ def test_no_tensors() -> None:
 @pytest.mark.parametrize(
     ("build", "dtype", "named"),
     [
-        (lambda a: {"a": aten.sin.default(a)}, F32, "aten.sin"),
+        (lambda a: {"a": aten.lgamma.default(a)}, F32, "aten.lgamma"),
         (lambda a: {"a": aten.cumsum.default(a, 0)}, F32, "aten.cumsum"),
         (lambda a: {"a": aten.neg.default(a)}, torch.int64, "torch.int64"),
         (

@@ -85,7 +85,7 @@ def test_refused_with_a_reason(package: str, name: str) -> None:
 
 
 def test_lion_pytorch() -> None:
-    """Without a kernel for sgn it steps in eager mode; the state is the same either way."""
     ours, theirs = both("lion_pytorch", "Lion")
+    assert ours._modes.kernels.why_not is None
     assert_same(params_of(ours), params_of(theirs), "parameter")
     assert importlib.import_module("lion_pytorch").Lion is type(theirs)

@@ -18,7 +18,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from compileclip.lowering import UnsupportedError, cpp_frame, cpp_ops, native
+from compileclip.lowering import UnsupportedError, cpp_frame, cpp_ops, cpp_prelude, native
 from compileclip.program import Program, dtype_of
 
 
@@ -120,7 +120,7 @@ class _Source:
         fetches = [f"fetch(at < left ? p{i} + at : n{i} + (at - left));" for i, _ in kinds]
         parts = {
             **{name: str(number) for name, number in cpp_frame.NUMBERS.items()},
-            "PRELUDE": cpp_ops.PRELUDE,
+            "PRELUDE": cpp_prelude.PRELUDE,
             "MEMBERS": "\n".join(f"  {kind} {name};" for kind, name, _ in self.once),
             "PREPARE": "\n".join(f"  const {kind} {name} = {e};" for kind, name, e in self.once),
             "MEMBER_NAMES": ", ".join(name for _, name, _ in self.once),
@@ -155,11 +155,11 @@ class _Source:
 
     def _argument(self, function: str, name: str, value: Any, within: torch.dtype) -> str:
         """An argument of an operation that computes in the dtype ``within``."""
-        if name == "condition":
+        if name in ("condition", "mask"):
             within = torch.bool
         memory, kind = _types(within)
-        if value is None:  # no bound
-            return "INFINITY" if name == "max" else "-INFINITY"
+        if value is None:
+            value = _default(name, within)
         if not isinstance(value, Node):
             text = f"static_cast<{kind}>({_literal(value)})"
         elif value in self._scalars:
@@ -188,9 +188,16 @@ def _inputs(node: Node) -> Iterator[tuple[str, Any]]:
     """The tensors and numbers of a call, by their names in the operation's schema."""
     assert isinstance(node.target, OpOverload)
     for index, argument in enumerate(node.target._schema.arguments):
-        if "Tensor" in str(argument.type) or "number" in str(argument.type):
+        if any(kind in str(argument.type) for kind in ("Tensor", "number", "float")):
             given = node.args[index : index + 1] or (argument.default_value,)
             yield argument.name, node.kwargs.get(argument.name, given[0])
+
+
+def _default(name: str, within: torch.dtype) -> float:
+    """What stands for an argument that is left out: no bound, or what replaces NaN or infinity."""
+    limits = torch.finfo(within)
+    bounds = {"min": -math.inf, "max": math.inf, "posinf": limits.max, "neginf": limits.min}
+    return bounds.get(name, 0.0)
 
 
 def _compute_dtype(node: Node) -> torch.dtype:

@@ -29,6 +29,7 @@ from compileclip.lowering.triton_ops import (
     Number,
     Rule,
     div_by_number,
+    nan_to_num_of,
     of_half,
     power_of,
     triton_type,
@@ -131,7 +132,7 @@ class _Reader:
         """The text of an argument, in ``compute``; the condition of a choice is a bool."""
         is_divisor = position == 1 and self._node.target in _DIVISIONS
         if isinstance(arg, Node):
-            asked = position == 0 and self._node.target in CONDITIONAL
+            asked = CONDITIONAL.get(self._node.target) == position
             dtype = torch.bool if asked else self.compute
             text = self._inverse(arg) if is_divisor and _is_float(arg) else self._text(arg, asked)
             is_slot = is_shared(arg) and not is_shared(self._node)
@@ -194,6 +195,8 @@ def _rule(node: Node) -> Rule:
     divides = node.target in _DIVISIONS
     if node.target is ATEN.pow.Tensor_Scalar:
         return power_of(_common_dtype(node))
+    if node.target is ATEN.nan_to_num.default:
+        return nan_to_num_of(_common_dtype(node))
     if divides and (not isinstance(node.args[1], Node) or _is_float(node.args[1])):
         return div_by_number
     if not is_shared(node) and dtype_of(node) in HALF:

@@ -179,3 +179,36 @@ def minimum(x: tl.tensor, y: tl.tensor) -> tl.tensor:
 def sign(x: tl.tensor) -> tl.tensor:
     """-1, 0 or 1; 0 for NaN."""
     return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
+
+
+@jit
+def trunc(x: tl.tensor) -> tl.tensor:
+    """Without its fraction."""
+    return tl.where(x < 0, tl.ceil(x), tl.floor(x))
+
+
+@jit
+def frac(x: tl.tensor) -> tl.tensor:
+    """The fraction, with the sign."""
+    return x - trunc(x)
+
+
+@jit
+def sigmoid(x: tl.tensor) -> tl.tensor:
+    """1 / (1 + e**-x)."""
+    return reciprocal(1.0 + libdevice.exp(x * -1.0))
+
+
+@jit
+def softplus(x: tl.tensor, beta: tl.tensor, threshold: tl.tensor) -> tl.tensor:
+    """log(1 + e**(beta x)) / beta; x itself where beta x is above the threshold."""
+    scaled = x * beta
+    soft = libdevice.log1p(libdevice.exp(scaled))
+    return tl.where(scaled > threshold, x, quotient(soft, tl.zeros_like(x) + beta))
+
+
+@jit
+def nan_to_num(x: tl.tensor, nan: tl.tensor, most: tl.tensor, least: tl.tensor) -> tl.tensor:
+    """A number in the place of NaN and of each infinity."""
+    finite = tl.where(x == float("inf"), most, tl.where(x == float("-inf"), least, x))
+    return tl.where(x != x, nan, finite)

@@ -94,6 +94,23 @@ def _addcdiv(x: str, y: str, z: str, value: str = "", quotient: str = _QUOTIENT)
     return f"tl.fma({value}, {divided}, {x})" if value else f"{x} + {divided}"
 
 
+def _softplus(x: str, beta: str = "1.0", threshold: str = "20.0") -> str:
+    return f"softplus({x}, {beta}, {threshold})"
+
+
+def nan_to_num_of(dtype: torch.dtype) -> Rule:
+    """``nan_to_num`` of a tensor of ``dtype``, whose ends are what replaces infinities."""
+    limits = torch.finfo(dtype)
+
+    def rule(x: str, nan: Any = None, posinf: Any = None, neginf: Any = None) -> str:
+        nan = "0.0" if nan is None else nan
+        posinf = repr(limits.max) if posinf is None else posinf
+        neginf = repr(limits.min) if neginf is None else neginf
+        return f"nan_to_num({x}, {nan}, {posinf}, {neginf})"
+
+    return rule
+
+
 def _template(text: str, arity: int) -> Rule:
     def rule(*arguments: str) -> str:
         if len(arguments) != arity:
@@ -109,15 +126,31 @@ def _binary(operator: str) -> Rule:
 
 _SAME = _template("{}", 1)
 _MUL, _WHERE = _binary("*"), _template("tl.where({}, {}, {})", 3)
+_FILL = ATEN.masked_fill.Scalar
+_LIBRARY = ["acos", "asin", "atan", "cos", "exp", "exp2", "expm1", "log", "log10", "log1p", "log2"]
+_LIBRARY += ["sin", "tan", "tanh"]
 OPERATIONS: dict[Any, Rule] = {
     ATEN.abs.default: _template("tl.abs({})", 1),
     ATEN.neg.default: _template("{} * -1.0", 1),  # Triton's minus takes 0 from 0 to +0
     ATEN.reciprocal.default: _template("reciprocal({})", 1),
     ATEN.sqrt.default: _template("square_root({})", 1),
     ATEN.rsqrt.default: _template("tl.rsqrt({})", 1),
-    ATEN.exp.default: _template("libdevice.exp({})", 1),
-    ATEN.log.default: _template("libdevice.log({})", 1),
+    **{getattr(ATEN, name).default: _template(f"libdevice.{name}({{}})", 1) for name in _LIBRARY},
+    ATEN.sigmoid.default: _template("sigmoid({})", 1),
+    ATEN.softplus.default: _softplus,
+    ATEN.atan2.default: _template("libdevice.atan2({}, {})", 2),
+    ATEN.hypot.default: _template("libdevice.hypot({}, {})", 2),
     ATEN.sign.default: _template("sign({})", 1),
+    ATEN.sgn.default: _template("sign({})", 1),
+    ATEN.floor.default: _template("tl.floor({})", 1),
+    ATEN.ceil.default: _template("tl.ceil({})", 1),
+    ATEN.trunc.default: _template("trunc({})", 1),
+    ATEN.frac.default: _template("frac({})", 1),
+    ATEN.round.default: _template("libdevice.rint({})", 1),
+    ATEN.relu.default: _template("maximum({}, 0.0)", 1),
+    ATEN.copysign.Tensor: _template("libdevice.copysign({}, {})", 2),
+    ATEN.copysign.Scalar: _template("libdevice.copysign({}, {})", 2),
+    ATEN.nan_to_num.default: _template("nan_to_num({}, {}, {}, {})", 4),  # see nan_to_num_of
     ATEN.pow.Tensor_Scalar: _template("power({}, {}, {})", 3),  # with the dtype, see power_of
     ATEN.pow.Scalar: _template("libdevice.pow({}, {})", 2),
     ATEN.pow.Tensor_Tensor: _template("libdevice.pow({}, {})", 2),
@@ -136,14 +169,13 @@ OPERATIONS: dict[Any, Rule] = {
     ATEN.clamp.default: _clamp,
     ATEN.clamp_min.default: _template("maximum({}, {})", 2),
     ATEN.clamp_max.default: _template("minimum({}, {})", 2),
+    ATEN.clamp.Tensor: _clamp,
+    ATEN.clamp_min.Tensor: _template("maximum({}, {})", 2),
+    ATEN.clamp_max.Tensor: _template("minimum({}, {})", 2),
     ATEN.lerp.Scalar: _template("lerp({}, {}, {})", 3),
     ATEN.lerp.Tensor: _template("lerp({}, {}, {})", 3),
     ATEN.addcmul.default: _addcmul,
     ATEN.addcdiv.default: _addcdiv,
-    ATEN.isfinite.default: _template("tl.abs({}) < float('inf')", 1),
-    ATEN.logical_and.default: _template("({} != 0) & ({} != 0)", 2),
-    ATEN.logical_or.default: _template("({} != 0) | ({} != 0)", 2),
-    ATEN.logical_not.default: _template("{} == 0", 1),
     ATEN.full_like.default: _template("{1}", 2),
     ATEN.clone.default: _SAME,
     ATEN._to_copy.default: _SAME,
@@ -155,12 +187,27 @@ _COMPARISONS = {
     )
     for overload in ("Scalar", "Tensor")
 }
-CONDITIONAL = {
+_LOGICAL = {
+    ATEN.isfinite.default: _template("tl.abs({}) < float('inf')", 1),
+    ATEN.isinf.default: _template("tl.abs({}) == float('inf')", 1),
+    ATEN.isnan.default: _template("{0} != {0}", 1),
+    ATEN.logical_and.default: _template("({} != 0) & ({} != 0)", 2),
+    ATEN.logical_or.default: _template("({} != 0) | ({} != 0)", 2),
+    ATEN.logical_xor.default: _template("({} != 0) ^ ({} != 0)", 2),
+    ATEN.logical_not.default: _template("{} == 0", 1),
+    # Of masks alone: there is no Triton code for integers.
+    ATEN.bitwise_and.Tensor: _template("({} != 0) & ({} != 0)", 2),
+    ATEN.bitwise_or.Tensor: _template("({} != 0) | ({} != 0)", 2),
+    ATEN.bitwise_xor.Tensor: _template("({} != 0) ^ ({} != 0)", 2),
+    ATEN.bitwise_not.default: _template("{} == 0", 1),
+}
+_CHOICES = {
     getattr(ATEN.where, name): _WHERE for name in ("self", "Scalar", "ScalarSelf", "ScalarOther")
 }
-OPERATIONS |= _COMPARISONS | CONDITIONAL
-_LOGICAL = (ATEN.logical_and.default, ATEN.logical_or.default, ATEN.logical_not.default)
-BOOLEAN = {*_COMPARISONS, *_LOGICAL, ATEN.isfinite.default}
+OPERATIONS |= _COMPARISONS | _LOGICAL | _CHOICES | {_FILL: _template("tl.where({1}, {2}, {0})", 3)}
+BOOLEAN = {*_COMPARISONS, *_LOGICAL}
+# The place of the argument that is a mask.
+CONDITIONAL = dict.fromkeys(_CHOICES, 0) | {_FILL: 1}
 # Here ATen takes a scalar in the tensor's dtype, elsewhere in the one that it computes in.
 NARROW_SCALARS = {*_COMPARISONS, ATEN.pow.Tensor_Scalar}
 # How the result lies in memory; its dtype is in the node's metadata.

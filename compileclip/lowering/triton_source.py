@@ -25,9 +25,10 @@ IMPORTS = (
     "import triton.language as tl",
     "from triton.language.extra import libdevice",
     "",
-    "from compileclip.lowering.triton_math import addcmul, inverse, lerp, maximum, minimum",
-    "from compileclip.lowering.triton_math import narrowed, power, quotient, quotient_of_float16",
-    "from compileclip.lowering.triton_math import reciprocal, root_of_half, sign, square_root",
+    "from compileclip.lowering.triton_math import addcmul, frac, inverse, lerp, maximum, minimum",
+    "from compileclip.lowering.triton_math import nan_to_num, narrowed, power, quotient",
+    "from compileclip.lowering.triton_math import quotient_of_float16, reciprocal, root_of_half",
+    "from compileclip.lowering.triton_math import sigmoid, sign, softplus, square_root, trunc",
     "from compileclip.lowering.triton_math import widened",
     "from compileclip.lowering.triton_norm_kernels import ended_norm",
 )
