@@ -121,6 +121,24 @@ def compared(operation: Callable[[Any, Any], Any]) -> Callable[..., Tensor]:
     return compare
 
 
+def clamp_between(n: Numbers, a: Any, least: Any = None, most: Any = None) -> Tensor:
+    """NaN of any of the three comes through."""
+    value = n.read(a)
+    value = value if least is None else np.maximum(value, n.read(least))
+    return n.store(value if most is None else np.minimum(value, n.read(most)))
+
+
+def nan_to_num(
+    n: Numbers, a: Any, nan: float = 0.0, most: float | None = None, least: float | None = None
+) -> Tensor:
+    """What takes the place of NaN and infinities is of the tensor's dtype."""
+    info, value = torch.finfo(n.dtype), n.read(a)
+    high = n.narrow(info.max if most is None else most)
+    low = n.narrow(info.min if least is None else least)
+    value = np.where(np.isnan(value), n.narrow(nan), value)
+    return n.store(np.where(value == np.inf, high, np.where(value == -np.inf, low, value)))
+
+
 def where(n: Numbers, condition: Tensor, a: Any, b: Any) -> Tensor:
     return n.store(np.where(condition.numpy(), n.read(a), n.read(b)))
 
@@ -147,6 +165,24 @@ MODEL: dict[Any, Callable[..., Tensor]] = {
     aten.where.ScalarOther: where,
     aten.full_like.default: lambda n, a, s: torch.full_like(a, s),
     aten.clone.default: lambda n, a: a.clone(),
+    aten.sgn.default: lambda n, a: n.store(np.nan_to_num(np.sign(n.read(a)), nan=0.0)),
+    aten.floor.default: lambda n, a: n.store(np.floor(n.read(a))),
+    aten.ceil.default: lambda n, a: n.store(np.ceil(n.read(a))),
+    aten.trunc.default: lambda n, a: n.store(np.trunc(n.read(a))),
+    aten.frac.default: lambda n, a: n.store(n.read(a) - np.trunc(n.read(a))),
+    aten.relu.default: lambda n, a: clamp(n, a, 0.0),
+    aten.nan_to_num.default: nan_to_num,
+    aten.clamp.Tensor: clamp_between,
+    aten.clamp_min.Tensor: clamp_between,
+    aten.clamp_max.Tensor: lambda n, a, most: clamp_between(n, a, None, most),
+    aten.masked_fill.Scalar: lambda n, a, mask, s: n.store(np.where(mask, n.narrow(s), n.read(a))),
+    aten.isinf.default: lambda n, a: a.isinf(),
+    aten.isnan.default: lambda n, a: a.isnan(),
+    aten.bitwise_and.Tensor: lambda n, a, b: a & b,
+    aten.bitwise_or.Tensor: lambda n, a, b: a | b,
+    aten.bitwise_xor.Tensor: lambda n, a, b: a ^ b,
+    aten.bitwise_not.default: lambda n, a: ~a,
+    aten.logical_xor.default: lambda n, a, b: (a != 0) ^ (b != 0),
     aten.isfinite.default: lambda n, a: torch.from_numpy(np.isfinite(n.read(a))),
     aten.logical_and.default: lambda n, a, b: (a != 0) & (b != 0),
     aten.logical_or.default: lambda n, a, b: (a != 0) | (b != 0),
@@ -185,4 +221,5 @@ def _called(node: Node, found: dict[Node, Any]) -> Tensor:
     dtypes = [a.dtype for a in args if isinstance(a, Tensor) and a.dtype != torch.bool]
     dtype = node.meta["val"].dtype
     dtype = dtypes[0] if dtype == torch.bool and dtypes else dtype
+    dtype = torch.float32 if dtype == torch.bool else dtype  # masks alone, which are not rounded
     return MODEL[node.target](Numbers(dtype), *args, **kept)
