@@ -65,13 +65,13 @@ gpu:
 	    || failed="$$failed tests"; tail -n 40 build/bench/gpu-tests.txt; $(SAVE); \
 	timeout 100 $(GPU_BENCH) \
 	    step --name step-bfloat16 --dtype bfloat16 --shapes gpt2 $(GPU_METHOD) \
-	    + step --shapes gpt2 2000x32x32 1x1000 resnet50 llama-1b $(GPU_METHOD) --minutes 1.1 \
+	    + step --shapes gpt2 2000x32x32 1x1000 resnet50 llama-1b $(GPU_METHOD) --minutes 1.0 \
 	    || failed="$$failed step"; $(SAVE); \
-	timeout 50 $(GPU_BENCH) scaling --tensors 10 1000 5000 --sizes 1e5 1e7 1e9 $(GPU_METHOD) \
-	    --rows "clip + fused,multi_tensor,limit" --minutes 0.5 || failed="$$failed scaling"; $(SAVE); \
 	timeout 50 $(GPU_BENCH) train --device cuda --no-plots \
 	    --rows torch "torch, fused" compileclip "compileclip, eager" \
 	    || failed="$$failed train"; $(SAVE); \
+	timeout 50 $(GPU_BENCH) scaling --tensors 10 1000 5000 --sizes 1e5 1e7 1e9 $(GPU_METHOD) \
+	    --rows "clip + fused,multi_tensor,limit" --minutes 0.5 || failed="$$failed scaling"; $(SAVE); \
 	echo; echo "Failed or out of time: $${failed:-nothing}"; \
 	timeout 15 $(PYTHON) -m bench.digest build/bench; \
 	[ -z "$$failed" ]

