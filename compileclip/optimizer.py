@@ -229,8 +229,11 @@ class ClippedOptimizer(Delegate):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        # Asked by GradScaler: True leaves unscaling to the step, and spares a pass.
-        return self.mode != "inductor"
+        # Asked by GradScaler: True leaves it to the step to unscale, and to do nothing on an
+        # overflow. Elsewhere the step is not called then, as a bare optimizer's is not: there are
+        # trainers that watch it, for their schedulers.
+        on_device = all(g.get("fused") or g.get("capturable") for g in self.param_groups)
+        return self.mode != "inductor" and (on_device or self.nonfinite == "skip")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the wrapped optimizer does."""

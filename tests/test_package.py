@@ -69,6 +69,7 @@ def test_public_names() -> None:
     assert set(compileclip.__all__) == {
         "ClippedOptimizer",
         "FallbackWarning",
+        "clipped",
         "compile",
         "clip_grad_norm_",
         "clip_grad_value_",

@@ -202,3 +202,30 @@ def test_marks_of_other_libraries(mark: str) -> None:
         opt.step()
     with pytest.raises(ValueError, match="one rank's part"):
         compileclip.wrap(SGD(params, lr=0.1), 1.0)
+
+
+class HandsOn(Optimizer):
+    """As trainers put around an optimizer."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self) -> Any:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.optimizer.state
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)
+
+
+def test_what_a_trainer_puts_around_an_optimizer() -> None:
+    inner = SGD(params_like([(3,)]), lr=0.1)
+    with pytest.raises(ValueError, match="HandsOn hands on the parameter groups of another"):
+        compileclip.wrap(HandsOn(inner), 1.0)
+    outer = HandsOn(compileclip.wrap(inner, 1.0))  # the remedy
+    set_grads(outer.param_groups[0]["params"], 0)
+    outer.step()
