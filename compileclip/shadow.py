@@ -64,6 +64,7 @@ class Shadow:
         operands: tiny tensors: "param", "grad", and state; and what stays on the device, a
             hyperparameter under its name behind ``HYPERPARAMETER``.
         on_device: whether anything does.
+        is_foreign: whether the class of the optimizer is not torch's.
         state: what the last step left as state.
         changes: what the last step changed in the parameter group.
         elsewhere: what it changed in other groups, by their index. torch's own steps do not look
@@ -110,7 +111,7 @@ class Shadow:
         self.elsewhere: dict[int, dict[str, Any]] = {}
         self.optimizer, self.index = optimizer, index
         self._raw_step = raw_step(optimizer)
-        self._is_foreign = not is_torchs_own(optimizer)
+        self.is_foreign = not is_torchs_own(optimizer)
         self._stepping: Any = object.__new__(type(optimizer))
         # Dynamo is kept out of this one, which takes as long as four operations.
         init_group = getattr(type(optimizer), "_init_group", None)
@@ -153,12 +154,12 @@ class Shadow:
         attributes.setdefault(_WARNED, True)
         if state:
             attributes["state"][param] = state
-        if self._is_foreign:
+        if self.is_foreign:
             self._step_foreign(given, attributes)
         else:
             self.elsewhere, self.changes = {}, self._step(given, attributes)
         self.state = dict(attributes["state"][param])
-        if self._is_foreign:
+        if self.is_foreign:
             _check_state(attributes["state"], self.state)
 
     def _step(self, given: dict[str, Any], attributes: dict[str, Any]) -> dict[str, Any]:
