@@ -6,7 +6,6 @@ optimizer's own update. The mode (``eager.py``) decides how the coefficient reac
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from compileclip.accepted import check_optimizer
 from compileclip.delegate import Delegate
 from compileclip.eager import Scaler
 from compileclip.leaves import WITHOUT_GRADIENTS
@@ -66,8 +66,8 @@ def wrap(
 
     Raises:
         TypeError: ``optimizer`` is no optimizer, or a number is not one.
-        ValueError: a value is out of its range, ``optimizer`` is wrapped already, or its step needs
-            a closure (``LBFGS``).
+        ValueError: a value is out of its range, ``optimizer`` is wrapped already, its step needs a
+            closure (``LBFGS``), or it is what ``accelerator.prepare`` has made of one.
     """
     settings = ClipSettings(max_norm, norm_type, nonfinite, write_grads, mode)
     return ClippedOptimizer(optimizer, settings)
@@ -90,7 +90,8 @@ class ClippedOptimizer(Delegate):
     _modes: Modes
 
     def __init__(self, optimizer: Optimizer, settings: ClipSettings) -> None:
-        _check_optimizer(optimizer)
+        _check_not_wrapped(optimizer)
+        check_optimizer(optimizer)
         self.__setstate__({"optimizer": optimizer, "settings": settings, "total_norm": None})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -156,6 +157,10 @@ class ClippedOptimizer(Delegate):
     def _opt_called(self) -> bool:
         return self.total_norm is not None
 
+    @_opt_called.setter
+    def _opt_called(self, value: bool) -> None:
+        """Of no use: a scheduler says so of a trainer's object whose class is made of this one."""
+
     def _why_not_traced(self, closure: object, have: tuple[bool, ...]) -> str | None:
         """Why a step cannot be part of a graph, or None if it can.
 
@@ -187,6 +192,11 @@ class ClippedOptimizer(Delegate):
 
     @max_norm.setter
     def max_norm(self, value: float | None) -> None:
+        if "_settings" not in self.__dict__:
+            # Fabric and Lightning put an object in front whose class is made of this one, and which
+            # reads what it has not from the optimizer that it holds. That one is to know.
+            self.optimizer.max_norm = value  # type: ignore[attr-defined]
+            return
         self._settings = replace(self._settings, max_norm=value)
         self._modes.set_bound(self._settings.max_norm)
 
@@ -258,20 +268,9 @@ leave_out(ClippedOptimizer.step)
 ClippedOptimizer.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
 
-def _check_optimizer(optimizer: object) -> None:
+def _check_not_wrapped(optimizer: object) -> None:
     if isinstance(optimizer, ClippedOptimizer):
         raise ValueError(
             f"this {type(optimizer.optimizer).__name__} is wrapped already, with max_norm="
             f"{optimizer.max_norm}; change its max_norm instead of wrapping it twice"
-        )
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"wrap() takes a torch.optim.Optimizer, got {type(optimizer).__name__}; "
-            "make it one, or call compileclip.clip_grad_norm_ before its step"
-        )
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(
-            f"{type(optimizer).__name__}.step needs a closure, which it may call many times in one "
-            "step; call compileclip.clip_grad_norm_ inside the closure instead of wrapping"
         )
