@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from compileclip.accepted import check_optimizer
-from compileclip.delegate import Delegate
+from compileclip.delegate import Delegate, decides_on_overflows
 from compileclip.eager import Scaler
 from compileclip.leaves import WITHOUT_GRADIENTS
 from compileclip.modes import Modes
@@ -228,8 +228,11 @@ class ClippedOptimizer(Delegate):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        # Asked by GradScaler: True leaves unscaling to the step, and spares a pass.
-        return self.mode != "inductor"
+        # Asked by GradScaler. True: the step is called on an overflow too, unscales, and decides.
+        # Else the scaler decides, and trainers see by a step that is not called that it did.
+        if self.mode == "inductor":
+            return False
+        return self.nonfinite == "skip" or decides_on_overflows(self.optimizer)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the wrapped optimizer does."""
