@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from compileclip.accepted import check_optimizer
+from compileclip.clipped_before import ClippedBefore
 from compileclip.delegate import Delegate, decides_on_overflows
 from compileclip.eager import Scaler
 from compileclip.leaves import WITHOUT_GRADIENTS
@@ -88,6 +89,7 @@ class ClippedOptimizer(Delegate):
     _stand_in: StandIn
     _settings: ClipSettings
     _modes: Modes
+    _clipped_before: ClippedBefore | None
 
     def __init__(self, optimizer: Optimizer, settings: ClipSettings) -> None:
         _check_not_wrapped(optimizer)
@@ -134,6 +136,9 @@ class ClippedOptimizer(Delegate):
             torch._C._set_grad_enabled(before)
         # A scheduler made before wrapping watches the wrapped optimizer's step through this.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        norms = self._clipped_before
+        if norms is not None and norms.over(self.total_norm, self.max_norm):
+            self._clipped_before = None
         return loss
 
     # Apart from the step outside of torch.compile, which need not pay for keeping Dynamo out.
@@ -261,6 +266,7 @@ class ClippedOptimizer(Delegate):
         self._modes = Modes(self.optimizer)
         self._stand_in = stand_in(self.optimizer)
         self.total_norm = state["total_norm"]
+        self._clipped_before = ClippedBefore()
 
 
 # Where Dynamo cannot trace a step in its place, it does not try the code in here piece by piece.
