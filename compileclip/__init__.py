@@ -5,6 +5,7 @@
 >>> opt.total_norm  # on the device; reading it is the only synchronization
 """
 
+from compileclip.clipped import clipped
 from compileclip.fallback import FallbackWarning
 from compileclip.functional import (
     clip_grad_norm_,
@@ -21,6 +22,7 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "clipped",
     "compile",
     "get_total_norm",
     "wrap",

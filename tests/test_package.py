@@ -73,6 +73,7 @@ def test_public_names() -> None:
         "clip_grad_norm_",
         "clip_grad_value_",
         "clip_grads_with_norm_",
+        "clipped",
         "get_total_norm",
         "wrap",
     }
