@@ -1,26 +1,38 @@
-"""``clipped``: a class of wrapped optimizers, for frameworks that make the optimizer themselves."""
+"""``clipped``: a class of optimizers that clip, for whoever makes an optimizer from its class."""
 
 from __future__ import annotations
 
 import copyreg
 import inspect
-from functools import cache
+from dataclasses import astuple
 from typing import Any
 
 from torch.optim import Optimizer
 
+from compileclip.accepted import check_step
 from compileclip.optimizer import ClippedOptimizer
 from compileclip.settings import ClipSettings
 
 
-class _ClippedType(type):
-    """The type of classes that ``clipped`` makes, which are pickled as a call of it."""
+class ClippedClass(type):
+    """The type of the classes that ``clipped`` makes.
 
-    _made_by: tuple[type[Optimizer], ClipSettings]
+    They are in no module, so that they are pickled as the call of ``clipped`` that made them.
+
+    Attributes:
+        wrapped_class: the class whose instances are wrapped.
+        settings: how they are wrapped.
+    """
+
+    wrapped_class: type[Optimizer]
+    settings: ClipSettings
+
+
+_classes: dict[tuple[type[Optimizer], ClipSettings], type[ClippedOptimizer]] = {}
 
 
 def clipped(
-    optimizer_class: type[Optimizer],
+    cls: type[Optimizer],
     max_norm: float | None,
     *,
     norm_type: float = 2.0,
@@ -28,60 +40,79 @@ def clipped(
     write_grads: bool | None = None,
     mode: str = "auto",
 ) -> type[ClippedOptimizer]:
-    """Make a class whose instances are ``wrap(optimizer_class(...), max_norm, ...)``.
+    """Make of an optimizer's class one whose instances clip.
 
-    For frameworks that are given a class and keyword arguments, such as
-    ``optimizer_cls_and_kwargs`` of Hugging Face's ``Trainer``, Lightning's command line and Hydra.
+    ``clipped(AdamW, max_norm=1.0)(params, lr=3e-4)`` is ``wrap(AdamW(params, lr=3e-4), 1.0)``, for
+    frameworks that take a class and its arguments, as the ``Trainer`` of transformers does.
 
     Args:
-        optimizer_class: a subclass of ``torch.optim.Optimizer``.
-        max_norm: as of ``wrap``; so are the others.
-        norm_type: see there.
-        nonfinite: see there.
-        write_grads: see there.
-        mode: see there.
+        cls: a class of optimizers whose step needs no closure.
+        max_norm: as in ``wrap``, like all that follows.
+        norm_type: the order of the norm.
+        nonfinite: what a NaN or infinite norm does.
+        write_grads: whether ``p.grad`` holds the clipped gradient after the step.
+        mode: how the step is run.
 
     Returns:
-        A subclass of ``ClippedOptimizer`` that takes the arguments of ``optimizer_class``, whose
-        signature it has. The same arguments give the same class; it can be pickled, and so can
-        its instances.
+        A subclass of ``ClippedOptimizer`` that takes the arguments of ``cls``, named after it
+        (``ClippedAdamW``). The same arguments give the same class; it can be pickled.
 
     Raises:
-        TypeError: ``optimizer_class`` is no class of optimizers, or a number is not one.
-        ValueError: a value is out of its range.
+        TypeError: ``cls`` is no class of optimizers, or a number is not one.
+        ValueError: a value is out of its range, the instances of ``cls`` clip already, or their
+            step needs a closure.
     """
-    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
+    if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
         raise TypeError(
-            f"clipped() takes a class of optimizers, got {optimizer_class!r}; to clip the steps of "
-            "an optimizer that is there already, call compileclip.wrap"
+            f"clipped() takes a class of torch.optim.Optimizer, got {cls!r}; "
+            "an optimizer that is made already goes to compileclip.wrap"
         )
+    if issubclass(cls, ClippedOptimizer):
+        raise ValueError(f"{cls.__name__} clips already; call clipped() with the class it wraps")
+    check_step(cls)
     settings = ClipSettings(max_norm, norm_type, nonfinite, write_grads, mode)
-    return _clipped(optimizer_class, settings)  # type: ignore[arg-type]  # a class has a hash
+    made = _classes.get((cls, settings))
+    # By setdefault, for two threads may come here at once.
+    return _classes.setdefault((cls, settings), _made(cls, settings)) if made is None else made
 
 
-@cache  # settings are frozen
-def _clipped(optimizer_class: type[Optimizer], settings: ClipSettings) -> type[ClippedOptimizer]:
-    def make(self: ClippedOptimizer, *args: Any, **kwargs: Any) -> None:
-        ClippedOptimizer.__init__(self, optimizer_class(*args, **kwargs), settings)
+def _made(cls: type[Optimizer], settings: ClipSettings) -> type[ClippedOptimizer]:
+    def __init__(self: ClippedOptimizer, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        ClippedOptimizer.__init__(self, cls(*args, **kwargs), settings)
 
-    name = f"Clipped{optimizer_class.__name__}"
-    made: Any = _ClippedType(
-        name,
-        (ClippedOptimizer,),
-        {
-            "__init__": make,
-            "__doc__": f"{optimizer_class.__name__}, whose step clips; see ``clipped``.",
-            "__module__": __name__,
-            "__qualname__": name,
-            "__signature__": inspect.signature(optimizer_class),
-            "_made_by": (optimizer_class, settings),
-        },
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    signature = inspect.signature(cls)
+    # Who builds an optimizer from a file of settings may ask either for what it takes.
+    __init__.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[own, *signature.parameters.values()]
     )
+    name = f"Clipped{cls.__name__}"
+    members = {
+        "__init__": __init__,
+        "__signature__": signature,
+        "__module__": __name__,
+        "__doc__": f"``{cls.__module__}.{cls.__qualname__}``, wrapped with {settings}.",
+        "wrapped_class": cls,
+        "settings": settings,
+    }
+    made: Any = ClippedClass(name, (ClippedOptimizer,), members)
     return made  # type: ignore[no-any-return]
 
 
-def _reduced(made: Any) -> tuple[Any, tuple[type[Optimizer], ClipSettings]]:
-    return _clipped, made._made_by
+def _remake(cls: type[Optimizer], *settings: Any) -> type[ClippedOptimizer]:
+    max_norm, norm_type, nonfinite, write_grads, mode = settings
+    return clipped(
+        cls,
+        max_norm,
+        norm_type=norm_type,
+        nonfinite=nonfinite,
+        write_grads=write_grads,
+        mode=mode,
+    )
 
 
-copyreg.pickle(_ClippedType, _reduced)
+def _reduced(made: ClippedClass) -> tuple[Any, ...]:
+    return _remake, (made.wrapped_class, *astuple(made.settings))
+
+
+copyreg.pickle(ClippedClass, _reduced)

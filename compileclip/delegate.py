@@ -129,3 +129,15 @@ class Delegate(Optimizer):
         if "optimizer" not in self.__dict__:  # while it is being unpickled
             raise AttributeError(name)
         return getattr(self.optimizer, name)
+
+
+def decides_on_overflows(optimizer: Optimizer) -> bool:
+    """Whether a ``GradScaler`` is to call the step on an overflow too, as the user has chosen.
+
+    That is what it does with the bare optimizer where that is fused. The step may also decide where
+    it counts on the device, which ``capturable`` asks for.
+    """
+    groups = optimizer.param_groups
+    if any(all(group.get(name) for group in groups) for name in ("fused", "capturable")):
+        return True
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))

@@ -6,7 +6,6 @@ optimizer's own update. The mode (``eager.py``) decides how the coefficient reac
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
@@ -16,7 +15,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from compileclip import refusals
-from compileclip.delegate import Delegate
+from compileclip.accepted import check_optimizer
+from compileclip.clipped_before import ClippedBefore
+from compileclip.delegate import Delegate, decides_on_overflows
 from compileclip.eager import Scaler
 from compileclip.leaves import WITHOUT_GRADIENTS
 from compileclip.modes import Modes
@@ -67,8 +68,8 @@ def wrap(
 
     Raises:
         TypeError: ``optimizer`` is no optimizer, or a number is not one.
-        ValueError: a value is out of its range, ``optimizer`` is wrapped already, or its step needs
-            a closure (``LBFGS``).
+        ValueError: a value is out of its range, ``optimizer`` is wrapped already, its step needs a
+            closure (``LBFGS``), or it is what ``accelerator.prepare`` has made of one.
     """
     settings = ClipSettings(max_norm, norm_type, nonfinite, write_grads, mode)
     return ClippedOptimizer(optimizer, settings)
@@ -89,9 +90,11 @@ class ClippedOptimizer(Delegate):
     _stand_in: StandIn
     _settings: ClipSettings
     _modes: Modes
+    _clipped_before: ClippedBefore | None
 
     def __init__(self, optimizer: Optimizer, settings: ClipSettings) -> None:
-        _check_optimizer(optimizer)
+        _check_not_wrapped(optimizer)
+        check_optimizer(optimizer)
         refusals.check_optimizer(optimizer)
         self.__setstate__({"optimizer": optimizer, "settings": settings, "total_norm": None})
 
@@ -144,6 +147,9 @@ class ClippedOptimizer(Delegate):
             torch._C._set_grad_enabled(before)
         # A scheduler made before wrapping watches the wrapped optimizer's step through this.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        norms = self._clipped_before
+        if norms is not None and norms.over(self.total_norm, self.max_norm):
+            self._clipped_before = None
         return loss
 
     # Apart from the step outside of torch.compile, which need not pay for keeping Dynamo out.
@@ -166,6 +172,10 @@ class ClippedOptimizer(Delegate):
     @property
     def _opt_called(self) -> bool:
         return self.total_norm is not None
+
+    @_opt_called.setter
+    def _opt_called(self, value: bool) -> None:
+        """Of no use: a scheduler says so of a trainer's object whose class is made of this one."""
 
     def _why_not_traced(self, closure: object, have: tuple[bool, ...]) -> str | None:
         """Why a step cannot be part of a graph, or None if it can.
@@ -198,6 +208,11 @@ class ClippedOptimizer(Delegate):
 
     @max_norm.setter
     def max_norm(self, value: float | None) -> None:
+        if "_settings" not in self.__dict__:
+            # Fabric and Lightning put an object in front whose class is made of this one, and which
+            # reads what it has not from the optimizer that it holds. That one is to know.
+            self.optimizer.max_norm = value  # type: ignore[attr-defined]
+            return
         self._settings = replace(self._settings, max_norm=value)
         self._modes.set_bound(self._settings.max_norm)
 
@@ -229,11 +244,11 @@ class ClippedOptimizer(Delegate):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        # Asked by GradScaler: True leaves it to the step to unscale, and to do nothing on an
-        # overflow. Elsewhere the step is not called then, as a bare optimizer's is not: there are
-        # trainers that watch it, for their schedulers.
-        on_device = all(g.get("fused") or g.get("capturable") for g in self.param_groups)
-        return self.mode != "inductor" and (on_device or self.nonfinite == "skip")
+        # Asked by GradScaler. True: the step is called on an overflow too, unscales, and decides.
+        # Else the scaler decides, and trainers see by a step that is not called that it did.
+        if self.mode == "inductor":
+            return False
+        return self.nonfinite == "skip" or decides_on_overflows(self.optimizer)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the wrapped optimizer does."""
@@ -262,6 +277,7 @@ class ClippedOptimizer(Delegate):
         self._modes = Modes(self.optimizer)
         self._stand_in = stand_in(self.optimizer)
         self.total_norm = state["total_norm"]
+        self._clipped_before = ClippedBefore()
 
 
 # Where Dynamo cannot trace a step in its place, it does not try the code in here piece by piece.
@@ -272,20 +288,9 @@ leave_out(ClippedOptimizer.step)
 ClippedOptimizer.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
 
-def _check_optimizer(optimizer: object) -> None:
+def _check_not_wrapped(optimizer: object) -> None:
     if isinstance(optimizer, ClippedOptimizer):
         raise ValueError(
             f"this {type(optimizer.optimizer).__name__} is wrapped already, with max_norm="
             f"{optimizer.max_norm}; change its max_norm instead of wrapping it twice"
-        )
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"wrap() takes a torch.optim.Optimizer, got {type(optimizer).__name__}; "
-            "make it one, or call compileclip.clip_grad_norm_ before its step"
-        )
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(
-            f"{type(optimizer).__name__}.step needs a closure, which it may call many times in one "
-            "step; call compileclip.clip_grad_norm_ inside the closure instead of wrapping"
         )

@@ -34,11 +34,6 @@ def check_optimizer(optimizer: Optimizer) -> None:
         ValueError: something does; the message says what, and what helps.
     """
     name = type(optimizer).__name__
-    if "param_groups" not in vars(optimizer):
-        raise ValueError(
-            f"{name} hands on the parameter groups of another optimizer; wrap that one before it "
-            "is given to the trainer, as in accelerator.prepare(compileclip.wrap(opt, max_norm))"
-        )
     inner = getattr(optimizer, "base_optimizer", None)
     if isinstance(inner, Optimizer):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""GradScaler with the wrapper: over fused kernels it leaves unscaling to the step."""
+"""GradScaler with the wrapper, which it treats as the bare optimizer unless told otherwise."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_grad_scaler(unscale: bool, write_grads: bool | None) -> None:
 @pytest.mark.parametrize("write_grads", [None, True, False])
 @pytest.mark.parametrize("unscale", [False, True])
 def test_grad_scaler_and_kernels(unscale: bool, write_grads: bool | None, nonfinite: str) -> None:
-    """The kernels take the scale out; to the bit, for a scale is a power of two."""
+    """With "skip" the kernels take the scale out; to the bit, for a scale is a power of two."""
 
     def make(params: Any) -> Any:
         return torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.1, foreach=False)
@@ -131,3 +131,84 @@ def test_grad_scaler_with_a_compiled_step(unscale: bool) -> None:
     assert train(ours, unscale) == train(theirs, unscale)
     for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+class Counted:
+    """How often a GradScaler calls an optimizer's step, seen as trainers do and by a hook."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.calls = self.hooks = 0
+        step = optimizer.step
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return step(*args, **kwargs)
+
+        optimizer.step = counted
+        optimizer.register_step_post_hook(self._hook)
+
+    def _hook(self, *args: Any) -> None:
+        self.hooks += 1
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("nonfinite", ["propagate", "raise"])
+@pytest.mark.parametrize("mode", ["eager", "auto", "multi_tensor"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_step_is_called_as_that_of_the_bare_optimizer(
+    fused: bool, mode: str, nonfinite: str, unscale: bool
+) -> None:
+    def make(params: Any) -> Any:
+        return adamw(params, fused=fused)
+
+    counts = []
+    for run in (Run(True, make, mode=mode, nonfinite=nonfinite), Run(False, make)):
+        counted = Counted(run.optimizer)
+        train(run, unscale)
+        counts.append((counted.calls, counted.hooks))
+    assert counts == [(10 if fused else 10 - len(OVERFLOWS),) * 2] * 2
+
+
+def half_fused(params: list[Any]) -> Any:
+    groups: list[dict[str, Any]] = [{"params": params[:1], "fused": True}, {"params": params[1:]}]
+    return torch.optim.SGD(groups, lr=0.1)
+
+
+class Unscaling(torch.optim.SGD):
+    """Says that its step unscales, as optimizers of other packages do."""
+
+    _step_supports_amp_scaling = True
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "expected"),
+    [
+        (adamw, {}, False),
+        (adamw, {"nonfinite": "raise"}, False),
+        (adamw, {"nonfinite": "skip"}, True),
+        (adamw, {"nonfinite": "skip", "mode": "inductor"}, False),
+        (lambda p: adamw(p, fused=True), {}, True),
+        (lambda p: adamw(p, fused=True), {"mode": "inductor"}, False),
+        (lambda p: adamw(p, capturable=True), {}, True),
+        (half_fused, {}, False),
+        (lambda p: Unscaling(p, lr=0.1), {}, True),
+    ],
+)
+def test_what_a_scaler_is_told(make: Any, options: dict[str, Any], expected: bool) -> None:
+    run = Run(True, make, **options)
+    assert run.optimizer._step_supports_amp_scaling is expected
+
+
+def test_a_first_step_that_overflows_is_not_one_for_schedulers() -> None:
+    warned = []
+    for wrapped in (True, False):
+        run = Run(wrapped, scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1))
+        scaler = torch.amp.GradScaler("cpu")
+        scaler.scale(run.loss(0) * math.inf).backward()
+        scaler.step(run.optimizer)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run.scheduler.step()
+        warned.append([str(w.message) for w in caught])
+    assert warned[0] == warned[1]
+    assert "before `optimizer.step()`" in warned[0][0]

@@ -224,7 +224,7 @@ class HandsOn(Optimizer):
 
 def test_what_a_trainer_puts_around_an_optimizer() -> None:
     inner = SGD(params_like([(3,)]), lr=0.1)
-    with pytest.raises(ValueError, match="HandsOn hands on the parameter groups of another"):
+    with pytest.raises(ValueError, match="HandsOn stands in front of another optimizer"):
         compileclip.wrap(HandsOn(inner), 1.0)
     outer = HandsOn(compileclip.wrap(inner, 1.0))  # the remedy
     set_grads(outer.param_groups[0]["params"], 0)
