@@ -1,5 +1,6 @@
 # make demo    train a small GPT with clipping: a table and demo.png (STEPS=, DEVICE=, SEEDS= ...)
 # make test    lint, types and tests
+# make integrations  install the trainers and run the recipes of docs/trainers.md with them
 # make mutants break the code on purpose and see the tests fail
 # make bench   clip and step by every way, beside the limit: tables, JSON, plots (ten minutes, CPU)
 # make gpu     the GPU tests and the benchmark, with the torch that is there (at most eight minutes)
@@ -16,7 +17,7 @@ WORKERS ?= 2
 # from process to process, and cost the least.
 TOGETHER := --processes 6 --repetitions 40 --minutes 8
 
-.PHONY: demo test lint types pytest mutants bench gpu gpu-first-steps clean
+.PHONY: demo test lint types pytest integrations mutants bench gpu gpu-first-steps clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m bench.demo --steps $(STEPS) --device $(DEVICE) --seeds $(SEEDS) --out $(OUT)
@@ -33,6 +34,11 @@ types: $(VENV)/ready
 # Each worker has all threads: whoever waits for the other's is not to keep a core busy with that.
 pytest: $(VENV)/ready
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# Into .venv; without them, "make test" skips these tests.
+integrations: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[integrations]"
+	$(BIN)/python -m pytest tests/integrations
 
 mutants: $(VENV)/ready
 	$(BIN)/python tests/mutants.py

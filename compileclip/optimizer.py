@@ -51,7 +51,8 @@ def wrap(
             waits for the device. ``"skip"``: parameters, state and step counts stay as they were,
             decided on the device where the optimizer runs fused (``fused=True``), in mode
             ``"multi_tensor"`` where its class knows ``capturable`` or counts nothing, and in
-            compiled steps of torch's optimizers, else by waiting for the norm.
+            compiled steps of torch's optimizers, else by waiting for the norm. A ``GradScaler``
+            then calls the step on an overflow too, as it does for fused optimizers.
         write_grads: ``True``: ``p.grad`` holds the clipped gradient after the step. ``False``:
             ``p.grad`` is left untouched; the step then runs on scaled copies, at most 64 MiB (or
             one gradient) at a time for torch's optimizers, and all gradients at once for another
