@@ -7,7 +7,7 @@ from collections import deque
 
 from torch import Tensor
 
-STEPS = 100  # as long as it is looked for
+STEPS = 20  # as long as it is looked for
 ALIKE = 3  # so many norms in a row
 CLOSE = 1e-5  # relative: clip_grad_norm_ adds 1e-6 to the norm by which it divides
 

@@ -82,6 +82,23 @@ def test_what_only_hands_the_step_on_can_be_wrapped() -> None:
         assert_same([*ours, opt.total_norm], [*theirs, norm], "tensor")
 
 
+def test_an_optimizer_of_optimizers_can_be_wrapped() -> None:
+    """As Lookahead and others of pytorch_optimizer: no groups of its own, but hooks."""
+
+    class Lookahead(Prepared):
+        def __init__(self, optimizer: Optimizer) -> None:
+            super().__init__(optimizer)
+            self._optimizer_step_pre_hooks = {}
+            self._optimizer_step_post_hooks = {}
+
+    params = params_like([(3,)])
+    set_grads(params, 0)
+    opt = compileclip.wrap(Lookahead(SGD(params, lr=0.1)), 0.5)
+    before = params[0].detach().clone()
+    opt.step()
+    assert not torch.equal(params[0], before)
+
+
 @pytest.fixture
 def front() -> Any:
     params = params_like([(3, 3), (3,)])
