@@ -57,7 +57,8 @@ def launch(
     for work, kernel, found in reversed(list(zip(works, kernels, scalars, strict=True))):
         target, values = work.place.target, {**_read(work, scaler), **work.values}
         args = (kernel, work.resident, work.extent, found, values, work.bucket.counts)
-        target.launch(*args, norm.on(target.device))
+        target.launch(*args, norm.on(target.device, "grad_scale" in kernel.values))
+        norm.note_launched()
         work.table.note_written(grads=kind.insert.write_grads)
 
 

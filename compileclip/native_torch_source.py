@@ -85,12 +85,15 @@ static Status compare(const Torch& torch, Tensor tensor, const int64_t* shape) {
   if (torch.dim(tensor, &dim) || dim != shape[0]) return STALE;
   if (torch.sizes(tensor, &sizes) || torch.strides(tensor, &strides)) return STALE;
   Status status = SAME;
-  bool empty = false;
+  bool empty = false, single = true, odd = false;
   for (int64_t d = 0; d < dim; ++d) {
     if (sizes[d] != shape[1 + d]) return STALE;
-    if (sizes[d] > 1 && strides[d] != shape[1 + dim + d]) status = LAYOUT;
-    empty |= sizes[d] == 0;
+    const bool differs = strides[d] != shape[1 + dim + d];
+    if (sizes[d] > 1 && differs) status = LAYOUT;
+    empty |= sizes[d] == 0, single &= sizes[d] == 1, odd |= differs;
   }
+  // One element of a complex tensor's, which autograd may give as it is, and to be negated.
+  if (single && odd) return LAYOUT;
   return empty ? SAME : status;
 }
 

@@ -73,12 +73,14 @@ def why_not_decided(optimizer: Optimizer, plan: Plan) -> str | None:
 
     torch's fused kernels decide that for all parameters, ours for those alone that they serve.
     """
-    if not plan.refused or not takes_grad_scale(optimizer):
+    if not takes_grad_scale(optimizer):
         return None
-    return (
-        "the device is to decide whether a step counts, as torch's fused kernels do, and of "
-        f"{len(plan.refused)} parameters: {plan.refused[0][1]}"
-    )
+    what = "the device is to decide whether a step counts, as torch's fused kernels do, and"
+    if any(table.bucket.counts and not table.bucket.stays for table in plan.tables):
+        return f"{what} {type(optimizer).__name__} counts its steps on the host here"
+    if plan.refused:
+        return f"{what} of {len(plan.refused)} parameters: {plan.refused[0][1]}"
+    return None
 
 
 def may_decide(settings: ClipSettings, scaler: Scaler) -> bool:

@@ -89,6 +89,8 @@ def _kind(p: Tensor, state: dict[str, Any], group: int, known: Mapping[int, floa
         raise NotServedError("a gradient is sparse or no plain tensor")
     if any(t.is_inference() for t in (p, grad, *state.values()) if isinstance(t, Tensor)):
         raise NotServedError("a parameter, gradient or state was made in torch.inference_mode()")
+    if p.is_neg() or (grad.is_neg() and grad.stride() == p.stride()):  # else it is copied
+        raise NotServedError("a parameter or gradient is to be negated when it is read")
     if p.dtype not in DTYPES or grad.dtype not in DTYPES:
         raise NotServedError(f"a parameter is {p.dtype}, with a gradient in {grad.dtype}")
     if not is_dense(p):

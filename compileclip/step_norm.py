@@ -28,9 +28,18 @@ class StepNorm:
             self._scale = None
         return total
 
-    def on(self, device: torch.device) -> Norm:
-        """As a launch on ``device`` takes it, whose kernel ends it and takes the factor out."""
-        if device != self.total.device or isinstance(self._norm, Ended):
+    def on(self, device: torch.device, takes_scale: bool) -> Norm:
+        """As a launch on ``device`` takes it, whose kernel ends it.
+
+        Args:
+            device: where it is launched.
+            takes_scale: whether that kernel takes the factor out, as those do that read it.
+        """
+        left = self._scale is not None and not takes_scale
+        if left or device != self.total.device or isinstance(self._norm, Ended):
             return Ended(self.value().to(device))
-        self._scale = None
         return self._norm
+
+    def note_launched(self) -> None:
+        """What ``on`` returned was launched."""
+        self._scale = None

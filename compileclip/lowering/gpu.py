@@ -81,14 +81,18 @@ def _written(tensors: Sequence[Tensor], number: Tensor | None, kind: str, bound:
     if not lists or not _are_apart(tensors):
         return False
 
+    done: list[str] = []
+
     def run() -> bool:
         from compileclip.lowering.triton_scale import write
 
-        write(lists, number, kind, bound)
+        for each in lists:
+            write([each], number, kind, bound)
+            done.append(str(each.dtype))
         increment_version(tensors)
         return True
 
-    return bool(_tried(run, "the kernel that scales gradients"))
+    return bool(_tried(run, "the kernel that scales gradients", done))
 
 
 def _serves(tensors: Sequence[Tensor]) -> bool:
@@ -111,8 +115,13 @@ def _is_there(device: torch.device) -> bool:
     return device.type == "cuda" and has_triton() and not torch.cuda.is_current_stream_capturing()
 
 
-def _tried(run: Callable[[], _T], what: str) -> _T | None:
-    """What ``run`` returns; None, for good, where Triton cannot compile it."""
+def _tried(run: Callable[[], _T], what: str, done: Sequence[str] = ()) -> _T | None:
+    """What ``run`` returns; None, for good, where Triton cannot compile it.
+
+    Raises:
+        RuntimeError: it fails with gradients of the dtypes ``done`` written, which must not be
+            written again.
+    """
     global _failed
     try:
         return run()
@@ -122,6 +131,11 @@ def _tried(run: Callable[[], _T], what: str) -> _T | None:
         raise
     except Exception as error:  # of a compiler that another torch brings
         _failed = True
+        if done:
+            raise RuntimeError(
+                f"{what} failed with gradients of {', '.join(done)} written and others not: "
+                f"{error}; do not step with them, and set COMPILECLIP_DISABLE=1"
+            ) from error
         warn_fallback(what, f"its first run failed: {error}", "report it")
         return None
 
@@ -132,14 +146,13 @@ def _lists(tensors: Sequence[Tensor]) -> list[List]:
     from compileclip.lowering.triton_norm import List, chunks
 
     device, found = tensors[0].device, []
-    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
     for dtype in dict.fromkeys(map(_dtype, tensors)):
         group = [t for t in tensors if t.dtype == dtype]
         try:
             pointers = list(map(Tensor.data_ptr, group))
         except RuntimeError:  # a wrapper of functorch's
             return []
-        sizes, blocks = chunks(tuple(map(Tensor.numel, group)), device, stream)
+        sizes, blocks = chunks(tuple(map(Tensor.numel, group)), device)
         found.append(List(on_device(pointers, device), sizes, blocks, dtype))
     return found
 

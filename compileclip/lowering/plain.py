@@ -30,7 +30,11 @@ def serves(tensors: Sequence[Tensor]) -> bool:
 
 def runs_for_real() -> bool:
     """Whether an operation on plain tensors computes: nothing traces, nothing intercepts it."""
-    return torch._C._len_torch_dispatch_stack() == 0 and not torch.compiler.is_compiling()
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.compiler.is_compiling()
+    )
 
 
 def addresses(tensors: Sequence[Tensor]) -> tuple[array[int], array[int]] | None:

@@ -174,6 +174,7 @@ class Gpu:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._takes_norm = True
+        self._norm_type = 2.0  # of the last norm
 
     def is_capturing(self) -> bool:
         """See ``Target``."""
@@ -230,7 +231,7 @@ class Gpu:
         from compileclip.lowering.triton import Tables
         from compileclip.lowering.triton_norm import Shares
 
-        shares = norm if isinstance(norm, Shares) else Shares.ended(norm.end())
+        shares = norm if isinstance(norm, Shares) else Shares.ended(norm.end(), self._norm_type)
         slots = extent.slots_for(kernel)
         tables = Tables(resident, extent.sizes, extent.blocks, slots)
         kernel(tables, scalars, values, counts, shares)
@@ -239,6 +240,7 @@ class Gpu:
         """Bucket by bucket; not ended."""
         from compileclip.lowering.triton_norm import ORDERS, List, Shares
 
+        self._norm_type = norm_type
         if norm_type not in ORDERS or not self._takes_norm:
             return None
         lists = [

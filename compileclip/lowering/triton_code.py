@@ -138,7 +138,7 @@ class _Reader:
             is_slot = is_shared(arg) and not is_shared(self._node)
             return self._code.slot(text, dtype) if is_slot else text
         if isinstance(arg, (bool, int, float)):
-            value = torch.tensor(float(arg), dtype=torch.float64)
+            value = torch.tensor(float(arg), dtype=torch.float64, device="cpu")
             value = value.reciprocal() if is_divisor else value
             return Number(value.to(self._narrow).item(), triton_type(self.compute))
         return arg

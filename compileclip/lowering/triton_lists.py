@@ -23,9 +23,9 @@ def block_list(sizes: Sequence[int], block: int) -> Tensor:
         block: how many elements make a block.
     """
     counts = (torch.tensor(sizes, dtype=torch.int64, device="cpu") + (block - 1)) // block
-    tensors = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+    tensors = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), counts)
     first = counts.cumsum(0) - counts
-    within = torch.arange(len(tensors)) - first[tensors]
+    within = torch.arange(len(tensors), device="cpu") - first[tensors]
     return torch.stack((tensors, within), 1).to(torch.int32)
 
 

@@ -23,7 +23,7 @@ import torch
 import triton.language as tl  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
-from compileclip.lowering.triton_lists import block_list, on_device
+from compileclip.lowering.triton_lists import block_list
 from compileclip.lowering.triton_norm_kernels import add_shares, take_shares
 
 CHUNK = 16384  # elements per program of the first launch
@@ -86,11 +86,12 @@ class Shares:
             self.total.zero_()
 
     @classmethod
-    def ended(cls, total: Tensor) -> Shares:
-        """A norm that is there."""
+    def ended(cls, total: Tensor, norm_type: float = 2.0) -> Shares:
+        """A norm that is there; for one of that order, no other kernel is compiled."""
         made = cls.__new__(cls)
-        double = total.dtype == torch.float64
-        made.constants, made._count, made.total = {"ORDER": "squares", "SCALED": double}, 0, total
+        order, double = ORDERS.get(norm_type, "squares"), total.dtype == torch.float64
+        scaled = double and order == "squares"
+        made.constants, made._count, made.total = {"ORDER": order, "SCALED": scaled}, 0, total
         made._shares = torch.empty((), dtype=torch.float64, device=total.device)
         return made
 
@@ -138,10 +139,19 @@ def _wide(dtype: torch.dtype, norm_type: float) -> Any:
     return tl.float32 if exact else tl.float64
 
 
-@functools.lru_cache(maxsize=64)
-def chunks(sizes: tuple[int, ...], device: torch.device, stream: int = 0) -> tuple[Tensor, Tensor]:
-    """Sizes and ``block_list`` on the device; both are the same at every step.
+def chunks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Sizes and ``block_list`` on the device, copied there without waiting.
 
-    Those of one ``stream`` were written on it, and are on it until their memory is another's.
+    They are new at each call: those of another call may be on another stream, or in the memory of a
+    CUDA graph that is being prepared.
     """
-    return on_device(sizes, device), block_list(sizes, CHUNK).to(device)
+    host = _host_chunks(sizes, device.type)
+    return host[0].to(device, non_blocking=True), host[1].to(device, non_blocking=True)
+
+
+@functools.lru_cache(maxsize=64)
+def _host_chunks(sizes: tuple[int, ...], kind: str) -> tuple[Tensor, Tensor]:
+    blocks = block_list(sizes, CHUNK)
+    pin = kind == "cuda" and len(blocks) > 0
+    numbers = torch.tensor(sizes, dtype=torch.int64, device="cpu")
+    return (numbers.pin_memory(), blocks.pin_memory()) if pin else (numbers, blocks)
