@@ -209,7 +209,7 @@ BOOLEAN = {*_COMPARISONS, *_LOGICAL}
 # The place of the argument that is a mask.
 CONDITIONAL = dict.fromkeys(_CHOICES, 0) | {_FILL: 1}
 # Here ATen takes a scalar in the tensor's dtype, elsewhere in the one that it computes in.
-NARROW_SCALARS = {*_COMPARISONS, ATEN.pow.Tensor_Scalar}
+NARROW_SCALARS = {*_COMPARISONS, ATEN.pow.Tensor_Scalar, ATEN.pow.Scalar}
 # How the result lies in memory; its dtype is in the node's metadata.
 LAYOUT = ("dtype", "layout", "device", "pin_memory", "memory_format", "non_blocking")
 
