@@ -38,7 +38,10 @@ class Number(str):
     def __new__(cls, value: float, dtype: str) -> Number:
         """The constant of a number in Triton's ``dtype``."""
         digits = repr(value) if math.isfinite(value) else f"float('{value}')"
-        made = super().__new__(cls, f"tl.full((), {digits}, {dtype})")
+        text = f"tl.full((), {digits}, {dtype})"
+        if digits == "-0.0":
+            text = f"({text} * -1.0)"  # Triton's constant would be 0
+        made = super().__new__(cls, text)
         made.value = value
         return made
 
