@@ -158,6 +158,8 @@ def power(x: tl.tensor, exponent: tl.tensor, NARROW: tl.constexpr) -> tl.tensor:
         result = tl.rsqrt(x)
     elif exponent == -1.0:
         result = reciprocal(x)
+    elif exponent == 1.0:
+        result = x
     else:
         result = libdevice.pow(x, exponent)
     return result
