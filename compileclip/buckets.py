@@ -30,6 +30,7 @@ class Bucket:
         numbers: the names of the state that is numbers.
         stays: whether the counts are operands, on the parameters' device; no host knows them then.
         values: of what a host knows of ``counts`` and ``numbers``, those of each parameter.
+        versions: of ``counts``, each with the version that nobody has written since.
     """
 
     group: int
@@ -97,11 +98,11 @@ class Bucket:
         for name in self.numbers:
             self.values[name] = state[name]
         self._share_numbers()
-        self._versions = [(buffer, buffer._version) for buffer in self.counts.values()]
+        self.versions = {k: (buffer, buffer._version) for k, buffer in self.counts.items()}
 
     def is_unchanged(self) -> bool:
         """Whether nobody has written to counts and numbers since the last step."""
-        counts = all(buffer._version == version for buffer, version in self._versions)
+        counts = all(buffer._version == version for buffer, version in self.versions.values())
         return counts and (not self.numbers or self._has_numbers())
 
     def _has_numbers(self) -> bool:
@@ -111,6 +112,11 @@ class Bucket:
             len(state) == self._entries and all(state.get(name) is value for name, value in given)
             for state in self.states
         )
+
+    @property
+    def is_mirrored(self) -> bool:
+        """Whether a device keeps counts that the host keeps too."""
+        return bool(self._on_host)
 
     @property
     def known(self) -> set[str]:
@@ -144,7 +150,7 @@ class Bucket:
             self.counts[name] = buffer
             if not self.stays and buffer.device.type != "cpu":
                 self._on_host[name] = first.cpu()
-        self._versions = [(buffer, buffer._version) for buffer in self.counts.values()]
+        self.versions = {k: (buffer, buffer._version) for k, buffer in self.counts.items()}
 
 
 def _lie_in_a_row(tensors: Sequence[Tensor]) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,12 +21,16 @@ from compileclip.rehearsal import Rehearsal
 from compileclip.shadow import ChangedError, StandIn
 
 _NUMBERS = (float, int)  # and nothing derived from them: a bool is a decision
+_NOTHING: Any = ((), None, ())  # no decisions are like that
 
 
 class Formula:
     """The scalars that a rehearsal finds, without the rehearsal.
 
     Holds for optimizers whose step depends on nothing but their parameter group and state.
+
+    Attributes:
+        names: of the counts.
 
     Raises:
         ChangedError: the rehearsal fails, or what the step computes cannot be seen.
@@ -42,13 +46,14 @@ class Formula:
             group: the parameter group.
             others: the state that is no operand.
         """
-        self._kinds = dict(kinds(group))
+        expected = kinds(group)
         tracer = _Tracer(group, others)
         found = rehearsal.trace(tracer.group, tracer.counts)
         if not rehearsal.changes_nothing_but(tracer.counts):
             raise ChangedError
-        self._names = list(others)
+        self.names = list(others)
         self._compute, self._decisions = tracer.finish(found)
+        self._is_alike = _compiled(_test_of(expected), "is_alike", (), ())
 
     def run(
         self, group: Mapping[str, Any], others: Mapping[str, Any]
@@ -62,19 +67,39 @@ class Formula:
         Raises:
             ChangedError: the step is another.
         """
-        if len(group) != len(self._kinds) + 1:
-            raise ChangedError
-        for name, kind in self._kinds.items():
-            value = group.get(name, self)  # which is none of the kinds
-            if not (type(value) is kind or value is kind or _kind(value) == kind):
-                raise ChangedError
+        scalars, counts = self.find(group, others)
+        return [float(s) for s in scalars], dict(zip(self.names, counts, strict=True))
+
+    def find(
+        self, group: Mapping[str, Any], others: Mapping[str, Any]
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """As ``run``, in less time; the latter in the order of ``names``."""
         try:
-            scalars, decisions, counts = self._compute(group, others)
+            alike = self._is_alike(group)
+            scalars, decisions, counts = self._compute(None, group, others) if alike else _NOTHING
         except Exception as error:  # of arithmetic, which the step itself will raise, or not
             raise ChangedError from error
         if decisions != self._decisions:
             raise ChangedError
-        return [float(s) for s in scalars], dict(zip(self._names, counts, strict=True))
+        return scalars, counts
+
+
+def _test_of(expected: Sequence[tuple[str, Any]]) -> str:
+    """The Python source of a function that tells whether a group has the kinds ``expected``."""
+    tests = [_test(f"group[{name!r}]", kind) for name, kind in expected]
+    whole = " and ".join([f"len(group) == {len(expected) + 1}", *tests])
+    return f"def is_alike(group):\n    return {whole}\n"
+
+
+def _test(value: str, kind: Any) -> str:
+    if isinstance(kind, type):
+        return f"type({value}) is {kind.__name__}"
+    if isinstance(kind, tuple):
+        parts = [_test(f"{value}[{i}]", part) for i, part in enumerate(kind)]
+        return " and ".join([f"type({value}) is tuple and len({value}) == {len(kind)}", *parts])
+    if isinstance(kind, str):
+        return f"type({value}) is str and {value} == {kind!r}"
+    return f"{value} is {kind!r}"  # None, True or False
 
 
 def kinds(group: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -205,13 +230,17 @@ class _Tracer(fx.proxy.TracerBase):
         for node in self.graph.nodes:  # in a cycle, which is not to keep the parameters
             node.meta.clear()
         names = tuple(sorted(code.globals))
-        compute = _compiled(code.src, names, tuple(code.globals[name] for name in names))
+        values = tuple(code.globals[name] for name in names)
+        compute = _compiled(code.src, "forward", names, values)
         return compute, tuple(found for _, found in self._decisions)
 
 
-@functools.lru_cache(maxsize=128)
-def _compiled(source: str, names: tuple[str, ...], values: tuple[Any, ...]) -> Callable[..., Any]:
-    """The function of a graph's code; a module of each graph would stay in a cache of torch's."""
+@functools.lru_cache(maxsize=256)
+def _compiled(
+    source: str, name: str, names: tuple[str, ...], values: tuple[Any, ...]
+) -> Callable[..., Any]:
+    """A function of a source; a module of each graph would stay in a cache of torch's."""
     found: dict[str, Any] = dict(zip(names, values, strict=True))
     exec(source, found)  # as fx.GraphModule does
-    return functools.partial(found["forward"], None)
+    function: Callable[..., Any] = found[name]
+    return function

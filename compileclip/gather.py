@@ -34,7 +34,11 @@ class Identities:
 
 
 class Surroundings:
-    """An optimizer's parameters and state dictionaries as they are now."""
+    """An optimizer's parameters and state dictionaries as they are now.
+
+    Attributes:
+        native: ``Optimizer`` of the native code; valid while this is alive.
+    """
 
     def __init__(self, optimizer: Optimizer, refused: Iterable[Tensor]) -> None:
         """Keep them in mind, and which parameters have a gradient.
@@ -54,12 +58,13 @@ class Surroundings:
         counted = (len(groups), id(key), address(self._params))
         structs = chain.from_iterable(other.as_struct() for other in others)
         self._native = array("q", [*counted, *structs])
+        self.native = address(self._native)
 
     def are_unchanged(self) -> bool:
         """Whether groups, parameters and state are the same, with the same gradients missing."""
         native, now = library(), (self._optimizer.param_groups, self._optimizer.state)
         try:
-            return bool(native.same(native.torch, address(self._native), *now))
+            return bool(native.same(native.torch, self.native, *now))
         except SystemError:  # no list any more, or no dictionary
             return False
 
@@ -71,6 +76,7 @@ class Table:
         bucket: whose.
         addresses: 64-bit, a row for each of ``bucket.dtypes``, in each one per parameter.
         grads: where in ``addresses`` those of the gradients are.
+        native: ``Bucket`` of the native code; valid while this is alive.
 
     Raises:
         UnsupportedError: this version of torch cannot be asked for addresses without Python.
@@ -111,6 +117,7 @@ class Table:
         self._hints = array("Q", (at for each in hints for at, _ in each))
         self._lines = array("q", [lines for _, lines in hints[0]])
         self._native = self._struct()
+        self.native = address(self._native)
         self._check()
 
     def gather(self) -> bool:
@@ -123,7 +130,7 @@ class Table:
             StaleError: parameters, gradients or state are not what they were.
         """
         native = library()
-        status = native.gather(native.torch, address(self._native), threads())
+        status = native.gather(native.torch, self.native, threads())
         if status == 2:
             raise StaleError
         return bool(status == 0)
@@ -135,7 +142,7 @@ class Table:
         Torch's way takes 0.1 us and more for each, as what counts is no longer in the cache.
         """
         native = library()
-        if not native.note_written(native.torch, address(self._native), grads):
+        if not native.note_written(native.torch, self.native, grads):
             params = self.bucket.params
             increment_version([*params, *(p.grad for p in params if grads and p.grad is not None)])
 

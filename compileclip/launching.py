@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from compileclip.assemble import Kind
 from compileclip.eager import Scaler
+from compileclip.lowering.driver import Launch
 from compileclip.step_norm import StepNorm
 from compileclip.work import Work
 
@@ -51,15 +52,22 @@ def launch(
     kind: Kind,
     norm: StepNorm,
     scaler: Scaler,
-) -> None:
-    """Update parameters and their state, and tell autograd; see ``kernels_of``."""
+) -> list[list[Launch]]:
+    """Update parameters and their state, and tell autograd; see ``kernels_of``.
+
+    Returns:
+        What was launched for each of ``works``.
+    """
+    launches = []
     # Last in the norm, first in the update: what was read last is still in the cache.
     for work, kernel, found in reversed(list(zip(works, kernels, scalars, strict=True))):
         target, values = work.place.target, {**_read(work, scaler), **work.values}
         args = (kernel, work.resident, work.extent, found, values, work.bucket.counts)
-        target.launch(*args, norm.on(target.device, "grad_scale" in kernel.values))
+        given = norm.on(target.device, "grad_scale" in kernel.values)
+        launches.append(target.launch(*args, given))
         norm.note_launched()
         work.table.note_written(grads=kind.insert.write_grads)
+    return launches[::-1]
 
 
 def keep(optimizer: Optimizer, works: Sequence[Work]) -> None:

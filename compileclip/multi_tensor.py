@@ -27,6 +27,7 @@ from compileclip.patience import Patience
 from compileclip.plan import Copied, Plan, staying
 from compileclip.settings import ClipSettings
 from compileclip.shadow import failed
+from compileclip.steady_step import Last, SteadyStep, steady_step
 from compileclip.step_norm import StepNorm
 from compileclip.traced import CannotCompileError
 from compileclip.work import Work, extend, restore_all, scalars_of
@@ -39,10 +40,12 @@ class MultiTensorStep:
 
     Attributes:
         refusal: why no parameter is served (any more), or None.
+        steady: takes the next step if that is like the last, or None.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.refusal: CannotCompileError | None = None
+        self.steady: SteadyStep | None = None
         self._optimizer = optimizer
         self._places: dict[torch.device, DeviceKernels] = {}
         self._plan: Plan | None = None
@@ -99,6 +102,7 @@ class MultiTensorStep:
 
     def gather(self, settings: ClipSettings, scaler: Scaler) -> list[Copied] | None:
         """Look up the tensors of this step; None unless they are what they were in the last."""
+        self.steady = None
         if self._is_capturing and self._why_not_captured(settings) is not None:
             return None
         if not (self._for_decisions or self._waits) and serving.may_decide(settings, scaler):
@@ -121,7 +125,9 @@ class MultiTensorStep:
         if not self._plan.tables:  # nothing is served, nor would another plan serve more
             return None
         for work in self._works:
-            work.place.target.refresh(work.resident, work.table)
+            read = work.place.target.refresh(work.resident, work.table)
+            if read is not None:
+                self._captured.append(read)
         return copies
 
     def plan(
@@ -230,6 +236,21 @@ class MultiTensorStep:
             norm.value()  # where nothing was launched
         return [p for p, _ in plan.refused] if stepped else []
 
+    def step_again(self, settings: ClipSettings, scaler: Scaler | None) -> Tensor | None:
+        """Step as in the last step, quickly.
+
+        Returns:
+            The total norm; None, and nothing was done, where this step may be another.
+        """
+        if self.steady is None:
+            return None
+        if settings.max_norm != self._filled:
+            self.set_bound(settings.max_norm)
+        norm = self.steady.run(settings, scaler)
+        if norm is not None:
+            self._patience.note_step()
+        return norm
+
     def set_bound(self, max_norm: float | None) -> None:
         """Have kernels clip to ``max_norm``, those of a CUDA graph too; nothing waits."""
         if max_norm not in (None, self._filled) and not self._is_capturing:
@@ -259,6 +280,7 @@ class MultiTensorStep:
             scalars = self._scalars(self._optimizer, self._works, saved)
             kind = self._kind(settings, norm.total, scaler)
             stepped = self._counts(settings, kind, norm, scaler)
+            known = all(work.place.knows(work, kind) for work in self._works)
             if stepped:
                 kernels = kernels_of(self._works, kind, scalars, saved, norm, scaler)
                 if any(work.made for work in self._works):
@@ -274,13 +296,17 @@ class MultiTensorStep:
             return False
         if self._is_capturing:
             self._captured.append((self._plan, self._works, self._places))
-        launch(self._works, kernels, scalars, kind, norm, scaler)
+        launches = launch(self._works, kernels, scalars, kind, norm, scaler)
         if kind.insert.write_grads:
             for each in copies:
                 each.grad.copy_(each.copy)
         keep(self._optimizer, self._works)
         self._fresh = []
         self._patience.note_step()
+        if known and not copies and not self._is_capturing and self._plan is not None:
+            places = self._plan, self._works, kernels
+            last = Last(self._optimizer, settings, scaler, *places, norm, launches)
+            self.steady = steady_step(last, captured=bool(self._captured))
         return True
 
     def _counts(self, settings: ClipSettings, kind: Kind, norm: StepNorm, scaler: Scaler) -> bool:

@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from compileclip.lowering import UnsupportedError, native
-from compileclip.native_torch_source import SOURCE
+from compileclip import native_torch_source, steady_step_source
+from compileclip.lowering import UnsupportedError, driver_source, native
+
+SOURCE = native_torch_source.SOURCE + driver_source.SOURCE + steady_step_source.SOURCE
 
 _SHIM = ("data_ptr", "dim", "sizes", "strides", "dtype", "layout", "device_type", "device_index")
 _PYTHON = ("Dict_GetItemWithError", "List_GetItem", "List_Size", "Dict_Next")
@@ -46,6 +48,13 @@ class Library:
         )
         same = held(status, pointer, pointer, ctypes.py_object, ctypes.py_object)
         self.same = same(("compileclip_same", library))
+        copy = (status, pointer, ctypes.c_uint64, pointer, ctypes.c_int64, pointer)
+        self.copy = held(*copy)(("compileclip_copy", library))
+        self.copy_captured = held(*copy, pointer)(("compileclip_copy_captured", library))
+        give_back = held(None, pointer, ctypes.c_int64, pointer)
+        self.give_back = give_back(("compileclip_give_back", library))
+        step = held(status, pointer, pointer, *[ctypes.py_object] * 5, pointer, status)
+        self.step = step(("compileclip_step", library))
         folder = Path(torch.__file__).parent / "lib"
         try:
             shim, c10 = (ctypes.CDLL(str(folder / f"lib{k}.so")) for k in ("torch_cpu", "c10"))
@@ -62,7 +71,9 @@ class Library:
         undefined = ctypes.c_int64.from_address(grad(bare._cdata) or 0).value
         self._offset, self._storage_offset = offset, _offset_of_storage(bare)
         self._grad = grad
-        offsets = offset, self._storage_offset, *_offsets_of_version()
+        version = _offsets_of_version()
+        self.knows_versions = version != (0, 0)
+        offsets = offset, self._storage_offset, *version
         self._held = array("q", [*self._addresses, undefined, *offsets])
         self.torch = address(self._held)
 

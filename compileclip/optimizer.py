@@ -130,7 +130,23 @@ class ClippedOptimizer(Delegate):
             with torch.enable_grad():
                 loss = closure()
         # A GradScaler leaves these on an optimizer that unscales by itself.
-        scaler = Scaler(self.__dict__.get("grad_scale"), self.__dict__.get("found_inf"))
+        given = self.__dict__
+        scaled = "grad_scale" in given or "found_inf" in given
+        scaler = Scaler(given.get("grad_scale"), given.get("found_inf")) if scaled else None
+        norm = self._modes.step_again(self._settings, scaler)
+        if norm is None:
+            self._step(scaler or Scaler(), closure)
+        else:
+            self._stand_in.total_norm = norm
+        # A scheduler made before wrapping watches the wrapped optimizer's step through this.
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        norms = self._clipped_before
+        if norms is not None and norms.over(self.total_norm, self.max_norm):
+            self._clipped_before = None
+        return loss
+
+    def _step(self, scaler: Scaler, closure: Callable[[], Any] | None) -> None:
+        """Step, where this step may be another than the last."""
         before = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # which no_grad comes to, by way of two objects
         try:
@@ -146,12 +162,6 @@ class ClippedOptimizer(Delegate):
             raise
         finally:
             torch._C._set_grad_enabled(before)
-        # A scheduler made before wrapping watches the wrapped optimizer's step through this.
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]
-        norms = self._clipped_before
-        if norms is not None and norms.over(self.total_norm, self.max_norm):
-            self._clipped_before = None
-        return loss
 
     # Apart from the step outside of torch.compile, which need not pay for keeping Dynamo out.
     _untraced_step = torch._disable_dynamo(_eager_step)  # type: ignore[attr-defined]

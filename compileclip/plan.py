@@ -38,6 +38,7 @@ class Plan:
         sizes: the elements of each served parameter.
         first_chunk: the number of chunks before each, and in all.
         dtypes: of the gradients.
+        surroundings: the optimizer as it was sorted.
 
     Raises:
         UnsupportedError: as ``Table``.
@@ -70,7 +71,7 @@ class Plan:
         self._nbytes = torch.tensor(nbytes, dtype=torch.int64, device="cpu")
         place = {p: i for i, p in enumerate(served)}
         self.tables = [Table(b, [place[p] for p in b.params], self.grads) for b in buckets]
-        self._surroundings = Surroundings(optimizer, without)
+        self.surroundings = Surroundings(optimizer, without)
 
     def gather(self) -> list[Copied]:
         """Look up the addresses of this step.
@@ -81,7 +82,7 @@ class Plan:
         Raises:
             StaleError: parameters, gradients or state are not what they were; make a new plan.
         """
-        if not self._surroundings.are_unchanged():
+        if not self.surroundings.are_unchanged():
             raise StaleError
         if self._is_foreign and marks(self.params) != self._marks:
             raise StaleError

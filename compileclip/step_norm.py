@@ -6,14 +6,20 @@ import torch
 from torch import Tensor
 
 from compileclip.eager import Scaler
+from compileclip.lowering.driver import Launch
 from compileclip.lowering.targets import Ended, Norm
 
 
 class StepNorm:
-    """A norm, and the factor of a ``GradScaler`` that may still have to be taken out of it."""
+    """A norm, and the factor of a ``GradScaler`` that may still have to be taken out of it.
+
+    Attributes:
+        launches: those before an update whose kernel ended it; none if no kernel did.
+    """
 
     def __init__(self, norm: Norm, scaler: Scaler) -> None:
         self._norm, self._scale = norm, scaler.grad_scale
+        self.launches: list[Launch] = []
 
     @property
     def total(self) -> Tensor:
@@ -38,6 +44,7 @@ class StepNorm:
         left = self._scale is not None and not takes_scale
         if left or device != self.total.device or isinstance(self._norm, Ended):
             return Ended(self.value().to(device))
+        self.launches = self.launches or self._norm.left_open
         return self._norm
 
     def note_launched(self) -> None:

@@ -51,6 +51,7 @@ class Work:
         elsewhere: what it changed in other groups, by their index.
         is_new: whether what that step did was not known before.
         kernels: for what it has done so far.
+        formula: of its latest scalars, if that is known.
     """
 
     def __init__(self, optimizer: Optimizer, table: Table, place: DeviceKernels) -> None:
@@ -72,7 +73,7 @@ class Work:
         self._recordings: list[Recording] = []  # the latest last
         # Both are of the latest, if that can be had.
         self._rehearsal: Rehearsal | None = None
-        self._formula: Formula | None = None
+        self.formula: Formula | None = None
         self._formulas_left = _FORMULAS if _is_closed(self._optimizer) else 0
 
     @property
@@ -121,9 +122,9 @@ class Work:
         if self.bucket.stays and self._what_stays() != self._on_device:
             self._start()
         leader, group, self.is_new = self.bucket.leader, self._group, False
-        if self._formula is not None:
+        if self.formula is not None:
             try:
-                scalars, self.state = self._formula.run(group, before)
+                scalars, self.state = self.formula.run(group, before)
                 self.changes, self.elsewhere = {}, {}
                 return scalars
             except ChangedError:
@@ -136,7 +137,7 @@ class Work:
                 self.state.get(name), Tensor if name in self.bucket.counts else NUMBER
             ):
                 raise NotPointwiseError(f"the state {name!r} does not stay a number")
-        self._formula = self._found(scalars, before)
+        self.formula = self._found(scalars, before)
         return scalars
 
     def _rehearsed(

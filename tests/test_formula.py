@@ -61,7 +61,7 @@ def works(opt: Any) -> list[Any]:
 
 
 def formulas(opt: Any) -> list[Formula | None]:
-    return [work._formula for work in works(opt)]
+    return [work.formula for work in works(opt)]
 
 
 def cycle(group: dict[str, Any], i: int) -> None:

@@ -28,6 +28,7 @@ class Kernel:
     Attributes:
         program: what it was made of.
         values: what ``program.values`` stand for.
+        entry: the address of its function.
 
     Raises:
         UnsupportedError: the program holds an operation or a dtype without C++ code.
@@ -43,6 +44,7 @@ class Kernel:
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         self._step.argtypes = (pointer, integer, pointer, pointer, pointer, pointer, ctypes.c_int)
         self._step.restype = None
+        self.entry = ctypes.cast(self._step, pointer).value or 0
 
     def __call__(
         self,

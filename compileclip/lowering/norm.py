@@ -15,7 +15,7 @@ import functools
 import itertools
 import math
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from operator import attrgetter
 
 import torch
@@ -108,6 +108,16 @@ def norm_into(
         threads,
     )
     return status == 0
+
+
+def native_norm(dtypes: Collection[torch.dtype], order: float) -> int | None:
+    """The address of the kernel, if it takes the norm of tensors of ``dtypes`` in one call."""
+    kernel = available() if len(dtypes) == 1 and SERVED.get(order, set()) >= set(dtypes) else None
+    if kernel is None:
+        return None
+    import ctypes
+
+    return ctypes.cast(kernel, ctypes.c_void_p).value  # type: ignore[arg-type]
 
 
 def first_chunks(sizes: array[int]) -> array[int]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from compileclip.fallback import warn_fallback
-from compileclip.lowering import UnsupportedError, cpp, norm, threads, why_no_kernels
+from compileclip.lowering import UnsupportedError, cpp, driver, norm, threads, why_no_kernels
+from compileclip.lowering.driver import Driver, Launch
 from compileclip.program import Program
 
 if TYPE_CHECKING:
@@ -31,9 +32,14 @@ class Norm(Protocol):
 
     Attributes:
         total: 0-dim; holds the norm, in the order of what is launched, once it is ended.
+        left_open: what was launched for it, as long as that does not end it.
     """
 
     total: Tensor
+
+    @property
+    def left_open(self) -> list[Launch]:  # noqa: D102  see there
+        ...
 
     def end(self) -> Tensor:
         """``total``, ended now if it was not."""
@@ -44,6 +50,7 @@ class Ended:
     """A norm that is there."""
 
     total: Tensor
+    left_open: list[Launch] = field(default_factory=list)
 
     def end(self) -> Tensor:
         """See ``Norm``."""
@@ -56,10 +63,12 @@ class Target(Protocol):
     Attributes:
         device: where the tensors are.
         waits: whether what is launched is done when the call returns.
+        driver: what can launch without Triton, on a GPU.
     """
 
     device: torch.device
     waits: bool
+    driver: Driver | None
 
     def is_capturing(self) -> bool:
         """Whether what is launched now becomes part of a graph instead of being run."""
@@ -73,8 +82,12 @@ class Target(Protocol):
     def resident(self, table: Addresses) -> Any:
         """A bucket's addresses, operand by operand, as launches take them."""
 
-    def refresh(self, resident: Any, table: Addresses) -> None:
-        """Take over the gradients' addresses, of what ``resident`` returned; nothing waits."""
+    def refresh(self, resident: Any, table: Addresses) -> Any:
+        """Take over the gradients' addresses, of what ``resident`` returned; nothing waits.
+
+        Returns:
+            What has to live as long as a CUDA graph that is being captured.
+        """
 
     def launch(
         self,
@@ -85,7 +98,7 @@ class Target(Protocol):
         values: Mapping[str, Tensor],
         counts: Mapping[str, Tensor],
         norm: Norm,
-    ) -> None:
+    ) -> list[Launch]:
         """Run a kernel on a bucket, in place.
 
         Args:
@@ -97,6 +110,9 @@ class Target(Protocol):
                 counts; all but the norm.
             counts: of what the program counts, the tensors to store it to, by name.
             norm: the total norm, on ``device``; ended afterwards.
+
+        Returns:
+            What was launched on a GPU.
         """
 
     def total_norm(self, plan: Plan, works: Sequence[Work], norm_type: float) -> Norm | None:
@@ -120,6 +136,7 @@ class Cpu:
 
     device = torch.device("cpu")
     waits = True
+    driver = None
 
     def is_capturing(self) -> bool:
         """It never is."""
@@ -137,7 +154,7 @@ class Cpu:
         """Nothing is to be done."""
         return table.addresses
 
-    def refresh(self, resident: array[int], table: Addresses) -> None:
+    def refresh(self, resident: array[int], table: Addresses) -> Any:
         """Nothing is to be done."""
 
     def launch(
@@ -149,11 +166,12 @@ class Cpu:
         values: Mapping[str, Tensor],
         counts: Mapping[str, Tensor],
         norm: Norm,
-    ) -> None:
+    ) -> list[Launch]:
         """See ``Target``."""
         values = {**values, "norm": norm.end()}
         read = [values[name].data_ptr() for name in kernel.values]
         kernel(resident, *extent, scalars, read, threads())
+        return []
 
     def total_norm(self, plan: Plan, works: Sequence[Work], norm_type: float) -> Norm | None:
         """As ``get_total_norm`` takes it, to the bit: in the order of the parameters."""
@@ -172,7 +190,7 @@ class Gpu:
     waits = False
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self.driver = device, driver.of(device)
         self._takes_norm = True
         self._norm_type = 2.0  # of the last norm
 
@@ -203,19 +221,25 @@ class Gpu:
         from compileclip.lowering.triton_lists import on_device, write_addresses
 
         resident = on_device(table.addresses, self.device)
-        # By the kernel that a capture takes: there is no compiling then.
-        write_addresses(resident[table.grads], table.addresses[table.grads])
+        if self.driver is None:  # by the kernel that a capture takes: there is no compiling then
+            write_addresses(resident[table.grads], table.addresses[table.grads])
         return resident
 
-    def refresh(self, resident: Tensor, table: Addresses) -> None:
+    def refresh(self, resident: Tensor, table: Addresses) -> Any:
         """See ``Target``."""
         from compileclip.lowering.triton_lists import pinned, write_addresses
 
         addresses, place = table.addresses[table.grads], resident[table.grads]
-        if self.is_capturing():  # a replay would copy what then is in the host's memory
+        capturing = self.is_capturing()  # a replay copies what then is in the host's memory
+        if self.driver is not None:
+            if capturing:
+                return self.driver.copy_captured(place, addresses)
+            self.driver.copy(place, addresses)
+        elif capturing:
             write_addresses(place, addresses)
         else:
             place.copy_(pinned(addresses, self.device), non_blocking=True)
+        return None
 
     def launch(
         self,
@@ -226,7 +250,7 @@ class Gpu:
         values: Mapping[str, Tensor],
         counts: Mapping[str, Tensor],
         norm: Norm,
-    ) -> None:
+    ) -> list[Launch]:
         """See ``Target``."""
         from compileclip.lowering.triton import Tables
         from compileclip.lowering.triton_norm import Shares
@@ -234,7 +258,8 @@ class Gpu:
         shares = norm if isinstance(norm, Shares) else Shares.ended(norm.end(), self._norm_type)
         slots = extent.slots_for(kernel)
         tables = Tables(resident, extent.sizes, extent.blocks, slots)
-        kernel(tables, scalars, values, counts, shares)
+        launches: list[Launch] = kernel(tables, scalars, values, counts, shares)
+        return launches
 
     def total_norm(self, plan: Plan, works: Sequence[Work], norm_type: float) -> Norm | None:
         """Bucket by bucket; not ended."""

@@ -37,6 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compileclip.lowering.driver import Launch
 from compileclip.lowering.triton_module import load
 from compileclip.lowering.triton_norm import SECOND, Shares
 from compileclip.lowering.triton_source import source
@@ -97,7 +98,7 @@ class Kernel:
         values: Mapping[str, Tensor],
         counts: Mapping[str, Tensor],
         shares: Shares,
-    ) -> None:
+    ) -> list[Launch]:
         """Update N tensors on the current stream; nothing waits for the device.
 
         Args:
@@ -107,19 +108,24 @@ class Kernel:
                 counts. "norm" is in ``shares``.
             counts: of each of ``program.counted``, a tensor ``[N]`` that it is stored to.
             shares: the total norm, which is ended here where it is not yet.
+
+        Returns:
+            What was launched; the arguments of the first end with ``scalars``.
         """
+        read = [values[name] for name in self.values if name != "norm"]
+        stored = [counts[name] for name in self.program.counted]
+        number, blocks = tables.sizes.shape[0], len(tables.blocks)
+        given = (*shares.open, tables.slots, number, *read, *stored, *scalars)
+        launches = [Launch(self._once, 1, given, {**shares.constants, **SECOND})]
+        if blocks:
+            lists = (tables.addresses, tables.sizes, tables.blocks, tables.slots, number)
+            constants = {"BLOCK": BLOCK, **options(tables.sizes.device)}
+            launches.append(Launch(self._step, blocks, lists, constants))
         with torch.cuda.device_of(tables.sizes):
-            read = [values[name] for name in self.values if name != "norm"]
-            stored = [counts[name] for name in self.program.counted]
-            number = tables.sizes.shape[0]
-            given = (*shares.open, tables.slots, number, *read, *stored, *scalars)
-            self._once[(1,)](*given, **shares.constants, **SECOND)
-            shares.note_ended()
-            if len(tables.blocks):
-                lists = (tables.addresses, tables.sizes, tables.blocks, tables.slots, number)
-                self._step[(len(tables.blocks),)](
-                    *lists, BLOCK=BLOCK, **options(tables.sizes.device)
-                )
+            for each in launches:
+                each.run()
+        shares.note_ended()
+        return launches
 
 
 def options(device: torch.device) -> dict[str, Any]:

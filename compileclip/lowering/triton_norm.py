@@ -23,6 +23,7 @@ import torch
 import triton.language as tl  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
+from compileclip.lowering.driver import Launch
 from compileclip.lowering.triton_lists import block_list
 from compileclip.lowering.triton_norm_kernels import add_shares, take_shares
 
@@ -72,6 +73,7 @@ class Shares:
             norm_type: 1, 2 or infinity.
         """
         self.constants, self._count = _constants(lists, norm_type), 0
+        self._launches: list[Launch] = []
         device = lists[0].sizes.device
         count = sum(len(each.blocks) for each in lists)
         double = any(each.dtype == torch.float64 for each in lists)
@@ -89,11 +91,17 @@ class Shares:
     def ended(cls, total: Tensor, norm_type: float = 2.0) -> Shares:
         """A norm that is there; for one of that order, no other kernel is compiled."""
         made = cls.__new__(cls)
+        made._launches = []
         order, double = ORDERS.get(norm_type, "squares"), total.dtype == torch.float64
         scaled = double and order == "squares"
         made.constants, made._count, made.total = {"ORDER": order, "SCALED": scaled}, 0, total
         made._shares = torch.empty((), dtype=torch.float64, device=total.device)
         return made
+
+    @property
+    def left_open(self) -> list[Launch]:
+        """What took the shares, as long as nothing has ended the norm."""
+        return self._launches if self._count else []
 
     @property
     def open(self) -> tuple[Tensor, Tensor, int]:
@@ -108,19 +116,17 @@ class Shares:
         """The norm, ended by a kernel of its own where nothing has done so."""
         if self._count:
             with torch.cuda.device_of(self.total):
-                add_shares[(1,)](*self.open, **self.constants, **SECOND)
+                Launch(add_shares, 1, self.open, {**self.constants, **SECOND}).run()
             self.note_ended()
         return self.total
 
     def _take(self, each: List, norm_type: float, count: int) -> None:
-        take_shares[(len(each.blocks),)](
-            *(each.addresses, each.sizes, each.blocks, self._shares, self._count, count),
-            DTYPE=TYPES[each.dtype],
-            WIDE=_wide(each.dtype, norm_type),
-            CHUNK=CHUNK,
-            **self.constants,
-            **_FIRST,
-        )
+        tensors = (each.addresses, each.sizes, each.blocks, self._shares)
+        types = {"DTYPE": TYPES[each.dtype], "WIDE": _wide(each.dtype, norm_type)}
+        constants = {**types, "CHUNK": CHUNK, **self.constants, **_FIRST}
+        args = (*tensors, self._count, count)
+        self._launches.append(Launch(take_shares, len(each.blocks), args, constants))
+        self._launches[-1].run()
         self._count += len(each.blocks)
 
 

@@ -9,6 +9,7 @@ import triton  # type: ignore[import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
+from compileclip.lowering.driver import Launch
 from compileclip.lowering.triton import packs
 from compileclip.lowering.triton_math import maximum, minimum, narrowed, reciprocal, widened
 from compileclip.lowering.triton_norm import CHUNK, TYPES, List
@@ -34,16 +35,17 @@ def write(lists: Sequence[List], number: Tensor | None, kind: str, bound: float)
             continue
         dtype = TYPES[each.dtype]
         read = each.sizes if number is None else number  # of which a clamp reads nothing
+        constants = {
+            "DTYPE": dtype,
+            "COMPUTE": tl.float64 if each.dtype == torch.float64 else tl.float32,
+            "KIND": kind,
+            "CHUNK": CHUNK,
+            "PACKED": packs(each.sizes.device),
+            **_OPTIONS,
+        }
+        args = (each.addresses, each.sizes, each.blocks, read, bound)
         with torch.cuda.device_of(each.sizes):
-            _write[(len(each.blocks),)](
-                *(each.addresses, each.sizes, each.blocks, read, bound),
-                DTYPE=dtype,
-                COMPUTE=tl.float64 if each.dtype == torch.float64 else tl.float32,
-                KIND=kind,
-                CHUNK=CHUNK,
-                PACKED=packs(each.sizes.device),
-                **_OPTIONS,
-            )
+            Launch(_write, len(each.blocks), args, constants).run()
 
 
 @triton.jit(do_not_specialize=["addresses", "sizes", "blocks", "number", "bound"])  # type: ignore[untyped-decorator, unused-ignore]
