@@ -113,6 +113,10 @@ class Table:
             array("q", accumulate((1 + 2 * p.dim() for p in params), initial=0)),
             array("i", library().kind(grad)),
         )
+        first = [bucket.states[0][name] for name in kept]
+        plain = [library().plain(t) for t in (params[0], grad, *first)]
+        self._plain = array("q", chain.from_iterable(plain))
+        self._tags = array("Q", bytes(8 * len(params)))
         hints = list(map(_hints, params, bucket.states))
         self._hints = array("Q", (at for each in hints for at, _ in each))
         self._lines = array("q", [lines for _, lines in hints[0]])
@@ -180,18 +184,19 @@ class Table:
         where = (address(self.places), address(self._grads))
         table = (address(self.addresses), self._grad_row)
         hints = (len(self._lines), address(self._hints), address(self._lines))
+        plain = address(self._tags), address(self._plain)
         layouts = (shapes, starts, kind)
-        parts = (params, states, keys, kept, rows, *table, *layouts, *where, *hints)
+        parts = (params, states, keys, kept, rows, *table, *layouts, *where, *hints, *plain)
         return array("q", [*counted, *parts])
 
 
 def _hints(param: Tensor, state: dict[str, Any]) -> list[tuple[int, int]]:
     """Where what is read of a parameter and its state lies, and how many lines of the cache."""
-    tensors = [param, *(v for v in state.values() if isinstance(v, Tensor) and v.dim() > 0)]
-    implementations = [t._cdata for t in tensors]
-    return [
-        *((id(t), 1) for t in tensors),
-        *((held, 4) for held in implementations),
-        *((library().storage_of(held), 2) for held in implementations),
-        (library().grad_of(param._cdata), 1),
-    ]
+    native, held = library(), param._cdata
+    found = [(id(param), 1), (held, 3), (native.storage_of(held), 1), (native.grad_of(held), 1)]
+    for value in state.values():
+        if isinstance(value, Tensor) and value.dim() > 0:
+            held = value._cdata
+            ends = ((held, 1), (native.end_of(held), 1))
+            found += [(id(value), 1), *ends, (native.storage_of(held), 1)]
+    return found

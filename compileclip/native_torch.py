@@ -5,7 +5,8 @@ whether anything is another than before; this takes a tenth. It knows of torch:
 
 * that the Python object of a tensor holds an ``at::Tensor``, which is one pointer, to what
   ``_cdata`` says. Where in the object is looked up at run time;
-* where a tensor keeps the number that ``_version`` tells. That is looked up at run time too;
+* where a tensor keeps the number that ``_version`` tells, its storage, shape, dtype and device, and
+  a storage its memory. That is looked up at run time too, and done without where it is not found;
 * the C interface of libtorch (``torch/csrc/inductor/aoti_torch/c/shim.h``), which is kept stable,
   and ``c10::TensorImpl::grad()``. Read in torch 2.11 to 2.13.
 """
@@ -24,6 +25,7 @@ from torch.autograd.graph import increment_version
 
 from compileclip import native_torch_source, steady_step_source
 from compileclip.lowering import UnsupportedError, driver_source, native
+from compileclip.tensor_layout import layout_of_tensors, tag_of_dicts
 
 SOURCE = native_torch_source.SOURCE + driver_source.SOURCE + steady_step_source.SOURCE
 
@@ -74,7 +76,8 @@ class Library:
         version = _offsets_of_version()
         self.knows_versions = version != (0, 0)
         offsets = offset, self._storage_offset, *version
-        self._held = array("q", [*self._addresses, undefined, *offsets])
+        self._layout = layout_of_tensors()
+        self._held = array("q", [*self._addresses, undefined, *offsets, *self._layout, tag_of_dicts()])
         self.torch = address(self._held)
 
     def storage_of(self, implementation: int) -> int:
@@ -82,9 +85,21 @@ class Library:
         found: int = ctypes.c_int64.from_address(implementation + self._storage_offset).value
         return found
 
+    def end_of(self, implementation: int) -> int:
+        """Where a tensor, of which ``_cdata`` is given, keeps its dtype; it may be a guess."""
+        return implementation + self._layout[2]
+
     def grad_of(self, implementation: int) -> int:
         """Where a tensor, of which ``_cdata`` is given, keeps its gradient."""
         return self._grad(implementation) or 0
+
+    def plain(self, tensor: Tensor) -> tuple[int, int, int]:
+        """``Plain`` of tensors like ``tensor``."""
+        if not self._layout[0]:
+            return 0, 0, 0
+        _, _, kind, keys, *_, mask, _ = self._layout
+        words = [ctypes.c_int64.from_address(tensor._cdata + at).value for at in (kind, keys)]
+        return words[0] & mask, words[1], tensor.element_size()
 
     def kind(self, tensor: Tensor) -> list[int]:
         """dtype, layout, device type and device index, as torch numbers them."""
