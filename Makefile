@@ -3,7 +3,7 @@
 # make integrations  install the trainers and run the recipes of docs/trainers.md with them
 # make mutants break the code on purpose and see the tests fail
 # make bench   clip and step by every way, beside the limit: tables, JSON, plots (ten minutes, CPU)
-# make gpu     the GPU tests and the benchmark, with the torch that is there (at most eight minutes)
+# make gpu     the GPU tests and the benchmark, with the torch that is there (at most nine minutes)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -67,7 +67,7 @@ gpu:
 	-timeout 30 $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
 	mkdir -p build/bench
 	failed=; \
-	timeout 150 $(PYTHON) -m pytest -q --tb=short -m gpu $(XDIST) > build/bench/gpu-tests.txt 2>&1 \
+	timeout -s INT 200 $(PYTHON) -m pytest -q --tb=short -m gpu $(XDIST) > build/bench/gpu-tests.txt 2>&1 \
 	    || failed="$$failed tests"; tail -n 40 build/bench/gpu-tests.txt; $(SAVE); \
 	timeout 100 $(GPU_BENCH) \
 	    step --name step-bfloat16 --dtype bfloat16 --shapes gpt2 $(GPU_METHOD) \

@@ -13,7 +13,7 @@ from compileclip.assemble import Kind, assemble
 from compileclip.capture import Recording
 from compileclip.eager import is_torchs_own
 from compileclip.lowering import UnsupportedError
-from compileclip.lowering.targets import Target
+from compileclip.lowering.target import Target
 from compileclip.program import Program
 from compileclip.self_check import check
 from compileclip.shadow import NotPointwiseError, failed

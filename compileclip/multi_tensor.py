@@ -22,12 +22,14 @@ from compileclip.kernels import DeviceKernels
 from compileclip.launching import keep, kernels_of, launch
 from compileclip.lowering import UnsupportedError, targets
 from compileclip.lowering.native import CompilerError
+from compileclip.lowering.target import Ended
 from compileclip.passes.insert_norm_and_scale import InsertNormAndScale
 from compileclip.patience import Patience
 from compileclip.plan import Copied, Plan, staying
 from compileclip.settings import ClipSettings
 from compileclip.shadow import failed
-from compileclip.steady_step import Last, SteadyStep, steady_step
+from compileclip.steady_step import SteadyStep, steady_step
+from compileclip.steady_step_parts import Last
 from compileclip.step_norm import StepNorm
 from compileclip.traced import CannotCompileError
 from compileclip.work import Work, extend, restore_all, scalars_of
@@ -202,7 +204,7 @@ class MultiTensorStep:
             if norm is not None:
                 return StepNorm(norm, scaler)
         grads = [p.grad for p in plan.params if p.grad is not None]
-        return StepNorm(targets.Ended(get_total_norm(grads, settings.norm_type)), scaler)
+        return StepNorm(Ended(get_total_norm(grads, settings.norm_type)), scaler)
 
     def run(
         self, settings: ClipSettings, copies: Sequence[Copied], norm: StepNorm, scaler: Scaler

@@ -77,7 +77,9 @@ class Library:
         self.knows_versions = version != (0, 0)
         offsets = offset, self._storage_offset, *version
         self._layout = layout_of_tensors()
-        self._held = array("q", [*self._addresses, undefined, *offsets, *self._layout, tag_of_dicts()])
+        self._held = array(
+            "q", [*self._addresses, undefined, *offsets, *self._layout, tag_of_dicts()]
+        )
         self.torch = address(self._held)
 
     def storage_of(self, implementation: int) -> int:

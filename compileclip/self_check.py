@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from compileclip import reference
 from compileclip.buckets import Bucket
-from compileclip.lowering.targets import Ended, Target
+from compileclip.lowering.target import Ended, Target
 from compileclip.shadow import NotPointwiseError
 from compileclip.traced import raw_step
 from compileclip.work import tensors

@@ -9,72 +9,18 @@ nothing, and the step goes the way of ``multi_tensor.py``.
 
 from __future__ import annotations
 
-import ctypes
-import math
 from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from compileclip.eager import Scaler
 from compileclip.lowering import driver, threads
-from compileclip.lowering.driver import Driver, Entry, Launch
-from compileclip.lowering.norm import native_norm
-from compileclip.lowering.plain import CODES
-from compileclip.native_torch import address, library
+from compileclip.native_torch import library
 from compileclip.settings import ClipSettings
 from compileclip.shadow import ChangedError
-
-if TYPE_CHECKING:
-    from compileclip.formula import Formula
-    from compileclip.plan import Plan
-    from compileclip.step_norm import StepNorm
-    from compileclip.work import Work
-
-_GIVEN = 3  # tensors that may be others in each step: the norm, a GradScaler's factor and verdict
-
-
-@dataclass(frozen=True)
-class Last:
-    """A step that was, and may be like the next.
-
-    Attributes:
-        settings: how it clipped.
-        scaler: what a ``GradScaler`` said of it.
-        kernels: of its ``works``.
-        norm: its total norm.
-        launches: for each of its works.
-    """
-
-    optimizer: Optimizer
-    settings: ClipSettings
-    scaler: Scaler
-    plan: Plan
-    works: Sequence[Work]
-    kernels: Sequence[Any]
-    norm: StepNorm
-    launches: Sequence[list[Launch]]
-
-    @property
-    def total(self) -> Tensor:
-        """Of ``norm``."""
-        return self.norm.total
-
-
-@dataclass(frozen=True)
-class _Numbers:
-    """How a bucket's scalars are found, and where they go."""
-
-    formula: Formula
-    group: int
-    values: dict[str, Any]  # of the bucket
-    scalars: slice  # of ``_floats``
-    counts: slice
+from compileclip.steady_step_parts import COUNTED, Last, Native, native_step
 
 
 class SteadyStep:
@@ -84,12 +30,13 @@ class SteadyStep:
         settings: of the last.
     """
 
-    def __init__(self, last: Last, native: _Native) -> None:
+    def __init__(self, last: Last, native: Native) -> None:
         self.settings = last.settings
         self._last, self._native = last, native
         self._optimizer, self._library = last.optimizer, library()
         self._given = last.scaler.grad_scale is not None, last.scaler.found_inf is not None
-        self._place = {"dtype": last.total.dtype, "device": last.total.device}
+        self._is_scaled = any(self._given)
+        self._dtype, self._device = last.total.dtype, last.total.device
         self._driver = native.driver
         self._stream = 0 if self._driver is None else self._driver.stream()
 
@@ -108,8 +55,8 @@ class SteadyStep:
         """
         if settings is not self.settings and not self._takes(settings):
             return None
-        total = torch.empty((), **self._place)
-        scale, verdict = (total, total) if scaler is None else self._asked(scaler, total)
+        total = torch.empty((), dtype=self._dtype, device=self._device)
+        scale, verdict = self._asked(scaler, total) if scaler or self._is_scaled else (total, total)
         if scale is None:
             return None
         native, groups = self._native, self._optimizer.param_groups
@@ -142,9 +89,9 @@ class SteadyStep:
         self.settings = settings
         return True
 
-    def _asked(self, scaler: Scaler, total: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _asked(self, scaler: Scaler | None, total: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Where native code finds what ``scaler`` says; None where it does not."""
-        scale, verdict = scaler.grad_scale, scaler.found_inf
+        scale, verdict = (scaler.grad_scale, scaler.found_inf) if scaler else (None, None)
         if (scale is not None, verdict is not None) != self._given:
             return None, None
         for each in (scale, verdict):
@@ -154,22 +101,10 @@ class SteadyStep:
 
     def _follow(self, stream: int) -> None:
         """Keep what is freed from use by others as long as ``stream`` may read it."""
-        current = torch.cuda.current_stream(self._place["device"])
+        current = torch.cuda.current_stream(self._device)
         for tensor in self._native.tensors:
             tensor.record_stream(current)
         self._stream = stream
-
-
-@dataclass
-class _Native:
-    """``Steady`` of the native code, and what it points to."""
-
-    address: int
-    numbers: list[_Numbers]
-    floats: array[float]
-    driver: Driver | None
-    tensors: list[Tensor]  # on the device, of ours
-    held: list[Any]
 
 
 def steady_step(last: Last, captured: bool) -> SteadyStep | None:
@@ -181,10 +116,8 @@ def steady_step(last: Last, captured: bool) -> SteadyStep | None:
     """
     if not library().knows_versions or not _may_be(last):
         return None
-    parts = _Parts(last)
-    there = last.works[0].place.target.waits
-    device = _on_host(parts) if there else _on_device(parts, last.works[0].place.target.driver)
-    return None if device is None else SteadyStep(last, parts.native(device, captured))
+    native = native_step(last, captured)
+    return None if native is None else SteadyStep(last, native)
 
 
 def _may_be(last: Last) -> bool:
@@ -198,152 +131,6 @@ def _may_be(last: Last) -> bool:
         and len({work.place for work in last.works}) == 1
         and all(work.formula is not None for work in last.works)
         and not any(bucket.numbers or bucket.is_mirrored for bucket in buckets)
-        and _COUNTED.keys() >= set(counts)
+        and COUNTED.keys() >= set(counts)
         and not (scaled if waits else last.settings.nonfinite == "raise")
     )
-
-
-_COUNTED = {torch.float32: False, torch.float64: True}
-
-
-class _Parts:
-    """What native code is told of a step, as arrays."""
-
-    def __init__(self, last: Last) -> None:
-        self.last = last
-        self.driver: Driver | None = None
-        self.given = array("Q", bytes(8 * _GIVEN))
-        self.held: list[Any] = [last, self.given]
-        self.numbers: list[_Numbers] = []
-        first = 0
-        for work, kernel in zip(last.works, last.kernels, strict=True):
-            formula, bucket = work.formula, work.bucket
-            assert formula is not None
-            middle = first + len(kernel.program.scalars)
-            end = middle + len(formula.names)
-            places = slice(first, middle), slice(middle, end)
-            self.numbers.append(_Numbers(formula, bucket.group, bucket.values, *places))
-            first = end
-        self.floats = array("d", bytes(8 * first))
-
-    def keep(self, numbers: Iterable[int], kind: str = "q") -> int:
-        """The address of an array, which is kept."""
-        self.held.append(array(kind, numbers))
-        return address(self.held[-1])
-
-    def items(self, structs: Iterable[Sequence[int]]) -> tuple[int, int]:
-        """``Array``."""
-        structs = list(structs)
-        return len(structs), self.keep(chain.from_iterable(structs))
-
-    def scalar(self, work: int, index: int) -> int:
-        """Where a scalar of a bucket is."""
-        return address(self.floats) + 8 * (self.numbers[work].scalars.start + index)
-
-    def native(self, device: Sequence[int], captured: bool) -> _Native:
-        """Put the parts together."""
-        last, tables = self.last, [work.table for work in self.last.works]
-        counts = chain.from_iterable(map(self._counts, range(len(tables))))
-        whole = (
-            last.plan.surroundings.native,
-            *self.items([(table.native,) for table in tables]),
-            *self.items(counts),
-            *self.items(map(self._moved, last.works)),
-            address(self.given),
-            *(last.settings.write_grads is True, captured),
-            *device,
-        )
-        found = {id(t): t for each in _launches(last) for t in each.args if isinstance(t, Tensor)}
-        for other in (last.total, last.scaler.grad_scale, last.scaler.found_inf):
-            found.pop(id(other), None)
-        tensors = [t for t in found.values() if t.is_cuda]
-        return _Native(
-            self.keep(whole), self.numbers, self.floats, self.driver, tensors, self.held
-        )
-
-    def _counts(self, work: int) -> list[tuple[int, ...]]:
-        bucket, numbers = self.last.works[work].bucket, self.numbers[work]
-        found = []
-        for name, (buffer, version) in bucket.versions.items():
-            written = (0, 0, 0, 0)
-            if not bucket.stays:
-                index = numbers.counts.start + numbers.formula.names.index(name)
-                value = address(self.floats) + 8 * index
-                written = (buffer.data_ptr(), buffer.numel(), _COUNTED[buffer.dtype], value)
-            found.append((buffer._cdata, version, *written))
-        return found
-
-    def _moved(self, work: Work) -> tuple[int, ...]:
-        table, n = work.table, len(work.bucket.params)
-        now = address(table.addresses) + 8 * table.grads.start
-        there = self.keep(table.addresses[table.grads], "Q")
-        on_device = isinstance(work.resident, Tensor)
-        place = work.resident.data_ptr() + 8 * table.grads.start if on_device else 0
-        return now, there, place, n
-
-
-def _launches(last: Last) -> list[Launch]:
-    """In their order."""
-    return [*last.norm.launches, *chain.from_iterable(last.launches)]
-
-
-def _on_device(parts: _Parts, on_device: Driver | None) -> list[int] | None:
-    """The last fields of ``Steady`` on a GPU; None where Triton has to launch."""
-    norm, works = parts.last.norm.launches, parts.last.launches
-    entries = {id(each): driver.entry(each) for each in _launches(parts.last)}
-    if on_device is None or not norm or None in entries.values():
-        return None
-    parts.driver = on_device
-    places = {id(parts.last.total): address(parts.given)}
-    for i, each in enumerate((parts.last.scaler.grad_scale, parts.last.scaler.found_inf), start=1):
-        places[id(each)] = address(parts.given) + 8 * i
-    found = [_launch(parts, each, entries[id(each)], places, []) for each in norm]
-    # The update is launched bucket by bucket, from the last to the first.
-    for index, launches in reversed(list(enumerate(works))):
-        count = len(parts.last.kernels[index].program.scalars)
-        scalars = [parts.scalar(index, i) for i in range(count)]
-        for each, numbers in zip(launches, (scalars, []), strict=False):
-            found.append(_launch(parts, each, entries[id(each)], places, numbers))
-    return [on_device.native, *parts.items(found), *[0] * 6]
-
-
-def _launch(
-    parts: _Parts, launch: Launch, entry: Entry | None, places: dict[int, int], scalars: list[int]
-) -> list[int]:
-    """``Launch``; its last arguments are at ``scalars``, and tensors of ``places`` there."""
-    assert entry is not None
-    args = launch.args[: len(launch.args) - len(scalars)]
-    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
-    cells = parts.keep([*values, 0], "q")  # the last is for scratch memory, of which there is none
-    where = [places.get(id(a), cells + 8 * i) for i, a in enumerate(args)]
-    pointers = parts.keep([*where, *scalars, *[cells + 8 * len(args)] * entry.scratch])
-    return [entry.function, launch.programs, entry.threads, entry.shared, pointers]
-
-
-def _on_host(parts: _Parts) -> list[int] | None:
-    """The last fields of ``Steady`` on a CPU; None where torch takes the norm."""
-    last, plan = parts.last, parts.last.plan
-    norm = native_norm(plan.dtypes, last.settings.norm_type)
-    if norm is None:
-        return None
-    lists = map(address, (plan.grads, plan.sizes, plan.first_chunk))
-    (dtype,) = plan.dtypes
-    is_max = last.settings.norm_type == math.inf
-    struct = (norm, CODES[last.total.dtype], len(plan.sizes), *lists, CODES[dtype], is_max)
-    updates = [_update(parts, index) for index in reversed(range(len(last.works)))]
-    python = [ctypes.cast(f, ctypes.c_void_p).value or 0 for f in _PYTHON]
-    only_finite = last.settings.nonfinite != "propagate"
-    return [0, 0, 0, parts.keep(struct), *parts.items(updates), only_finite, *python]
-
-
-_PYTHON = (ctypes.pythonapi.PyEval_SaveThread, ctypes.pythonapi.PyEval_RestoreThread)
-
-
-def _update(parts: _Parts, index: int) -> list[int]:
-    work, kernel = parts.last.works[index], parts.last.kernels[index]
-    at = kernel.values.index("norm") if "norm" in kernel.values else -1
-    read = {"max_norm": work.place.max_norm, "norm": parts.last.total}
-    values = parts.keep([read[name].data_ptr() for name in kernel.values], "Q")
-    lists = [address(each) for each in work.extent]
-    table, n = address(work.table.addresses), len(work.bucket.params)
-    return [kernel.entry, table, n, *lists, parts.scalar(index, 0), values, at]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from compileclip.eager import Scaler
 from compileclip.lowering.driver import Launch
-from compileclip.lowering.targets import Ended, Norm
+from compileclip.lowering.target import Ended, Norm
 
 
 class StepNorm:

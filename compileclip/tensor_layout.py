@@ -2,9 +2,9 @@
 
 Read in torch 2.11 to 2.13: ``c10::TensorImpl`` has its storage, a number of dimensions, sizes and
 strides within itself up to five of them, the offset of its first element, dtype and device in one
-word, and the dispatch keys; ``c10::StorageImpl`` the address of its memory and what owns that. Where
-another torch has them is looked up at run time; where that is not found, all is asked for through
-torch's C interface.
+word, and the dispatch keys; ``c10::StorageImpl`` the address of its memory and what owns that.
+Where another torch has them is looked up at run time; where that is not found, all is asked for
+through torch's C interface.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ NOTHING = (0,) * 8
 
 
 def layout_of_tensors() -> tuple[int, ...]:
-    """The fields of ``Torch`` in ``native_torch_source.py`` from ``shape`` on; zeros if not found."""
+    """The fields of ``Torch``, in the native code, from ``shape`` on; zeros if not found."""
     whole = torch.empty(1000, device="cpu")
     tensor = whole.as_strided((3, 5, 7), (70, 11, 1), 37)
     storage = tensor.untyped_storage()
-    words, held = _words(tensor), list(_at(storage._cdata, _STORAGE_WORDS))
+    words, held = _words(tensor), _at(storage._cdata, _STORAGE_WORDS)
     keys = [torch._C._dispatch_keys(t).raw_repr() for t in (tensor, torch._neg_view(tensor))]
     shapes = [i for i in range(_WORDS - 2 * _INLINE) if _is_shape(words[i:], tensor)]
     first, keyed = (_places(words, number) for number in (37, keys[0]))
@@ -46,13 +46,13 @@ def tag_of_dicts() -> int:
     seen = []
 
     def look() -> None:
-        seen.append(list(_at(id(tried), 6)))
+        seen.append(_at(id(tried), 6))
 
     look()
     tried["a"] = 1
     look()
     tried.get("a")  # changes nothing
-    same = list(_at(id(tried), 6)) == seen[-1]
+    same = _at(id(tried), 6) == seen[-1]
     tried.update(a=0)
     look()
     del tried["a"]
@@ -63,13 +63,12 @@ def tag_of_dicts() -> int:
     return 8 * always[0] if same and len(always) == 1 else 0
 
 
-def _at(address: int, count: int) -> Sequence[int]:
-    words: Sequence[int] = (ctypes.c_uint64 * count).from_address(address)
-    return words
+def _at(address: int, count: int) -> list[int]:
+    return [*(ctypes.c_uint64 * count).from_address(address)]
 
 
 def _words(tensor: Tensor) -> list[int]:
-    return list(_at(tensor._cdata, _WORDS))
+    return _at(tensor._cdata, _WORDS)
 
 
 def _places(words: Sequence[int], wanted: int) -> list[int]:

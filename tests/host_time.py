@@ -94,7 +94,13 @@ def main() -> None:
     runs: dict[str, list[Any]] = {name: [] for name in pythons}
     for _ in range(given.rounds):
         for name, python in pythons.items():
-            command = [python, str(HERE / "host_time.py"), "--one", "--counts", *map(str, given.counts)]
+            command = [
+                python,
+                str(HERE / "host_time.py"),
+                "--one",
+                "--counts",
+                *map(str, given.counts),
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             runs[name].append(json.loads(done.stdout.splitlines()[-1]))
     for count in map(str, given.counts):

@@ -32,6 +32,7 @@ NAMES = ["Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adamax", "Adadelta", "AS
 MODULES = [f"torch.optim.{name.lower()}" for name in [*NAMES, "Adagrad"]]
 SIZES = {"i32": 4, "i64": 8, "fp64": 8}
 MOST_ARGUMENTS = 288
+KERNELS: dict[int, tuple[str, tuple[str, ...]]] = {}  # name and types of each, by its handle
 
 
 class Record(ctypes.Structure):
@@ -68,8 +69,10 @@ class Copied:
     """A copy to the device."""
 
     place: int
+    origin: int
     nbytes: int
     stream: int
+    context: int
 
 
 class Stub:
@@ -77,14 +80,12 @@ class Stub:
 
     Attributes:
         library: the functions of ``stub_libcuda.cpp``.
-        kernels: name and types of each kernel, by its handle.
         stream: the current one.
     """
 
     def __init__(self) -> None:
         self.library = libcuda()
         self.library.stub_reset()
-        self.kernels: dict[int, tuple[str, tuple[str, ...]]] = {}
         self.stream = STREAM
 
     def records(self) -> list[Launched | Copied]:
@@ -107,8 +108,9 @@ class Stub:
 
     def _record(self, record: Record) -> Launched | Copied:
         if record.kind:
-            return Copied(record.place, record.bytes, record.stream)
-        name, types = self.kernels[record.function]
+            where = record.place, record.origin
+            return Copied(*where, record.bytes, record.stream, record.context)
+        name, types = KERNELS[record.function]
         arguments = tuple(record.arguments[i] for i in range(record.count))
         shape = (record.programs, record.threads, record.shared)
         return Launched(name, types, arguments, *shape, record.stream, record.context)
@@ -140,7 +142,9 @@ def stubbed(monkeypatch: Any) -> Iterator[Stub]:
     monkeypatch.setattr(targets, "of", targets.Gpu)
     monkeypatch.setattr(targets, "Cpu", lambda: targets.Gpu(torch.device("cpu")))
     monkeypatch.setattr(kernels.DeviceKernels, "_check", lambda *_: None)
-    monkeypatch.setattr(triton.runtime.JITFunction, "_do_compile", functools.partialmethod(_made, stub))
+    monkeypatch.setattr(
+        triton.runtime.JITFunction, "_do_compile", functools.partialmethod(_made, stub)
+    )
     if hasattr(targets, "driver"):  # not in what this is compared with
         _stub_driver(monkeypatch, stub)
     for name in MODULES:
@@ -160,7 +164,7 @@ def _stub_driver(monkeypatch: Any, stub: Stub) -> None:
     from compileclip.lowering import driver
 
     functions = {name: _entry(getattr(stub.library, name)) for name in driver.FUNCTIONS}
-    made = driver.Driver(torch.device("cpu"), functions, 0xC0)
+    made = driver.Driver(0, functions, 0xC0)
     monkeypatch.setattr(made, "stream", lambda: stub.stream)
     monkeypatch.setattr(targets.driver, "of", lambda _: made)
 
@@ -187,23 +191,45 @@ class _TritonsDriver:
         return self._stub.stream
 
 
-def _made(function: Any, stub: Stub, key: Any, signature: Any, device: int, constexprs: Any, options: Any, attrs: Any, warmup: bool) -> Any:
+def _made(
+    function: Any,
+    stub: Stub,
+    key: Any,
+    signature: Any,
+    device: int,
+    constexprs: Any,
+    options: Any,
+    attrs: Any,
+    warmup: bool,
+) -> Any:
     """In the place of ``JITFunction._do_compile``: a kernel that is not compiled."""
     source = ASTSource(function, signature, constexprs, attrs)
     types = tuple(t for t in signature.values() if t != "constexpr")
     sizes = [8 if t[0] == "*" else SIZES[t] for t in types]
-    handle = stub.library.stub_kernel(ctypes.c_int64(len(sizes)), (ctypes.c_int64 * len(sizes))(*sizes))
-    scratch = {f"{name}_scratch_{what}": 0 if what == "size" else 1 for name in ("global", "profile") for what in ("size", "align")}
+    handle = stub.library.stub_kernel(
+        ctypes.c_int64(len(sizes)), (ctypes.c_int64 * len(sizes))(*sizes)
+    )
+    scratch = {
+        f"{name}_scratch_{what}": 0 if what == "size" else 1
+        for name in ("global", "profile")
+        for what in ("size", "align")
+    }
     metadata = SimpleNamespace(
-        num_warps=options.num_warps, num_ctas=1, shared=16 * options.num_warps,
-        launch_cooperative_grid=False, launch_pdl=False, **scratch,
+        num_warps=options.num_warps,
+        num_ctas=1,
+        shared=16 * options.num_warps,
+        launch_cooperative_grid=False,
+        launch_pdl=False,
+        **scratch,
     )
     kernel = SimpleNamespace(
-        src=source, metadata=metadata, function=handle,
+        src=source,
+        metadata=metadata,
+        function=handle,
         packed_metadata=(metadata.num_warps, 1, metadata.shared),
         launch_metadata=lambda *_: None,
         run=triton.runtime.driver.active.launcher_cls(source, metadata),
     )
-    stub.kernels[handle] = (function.__name__, types)
+    KERNELS[handle] = (function.__name__, types)
     function.device_caches[device][0][key] = kernel
     return kernel

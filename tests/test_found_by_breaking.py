@@ -128,9 +128,9 @@ def test_what_is_checked_is_what_runs(
     orders: list[str] = []
     original = triton.Kernel.__call__
 
-    def called(self: Any, tables: Any, scalars: Any, values: Any, counts: Any, shares: Any) -> None:
+    def called(self: Any, tables: Any, scalars: Any, values: Any, counts: Any, shares: Any) -> Any:
         orders.append(shares.constants["ORDER"])
-        original(self, tables, scalars, values, counts, shares)
+        return original(self, tables, scalars, values, counts, shares)
 
     monkeypatch.setattr(triton.Kernel, "__call__", called)
     params = [nn.Parameter(p.detach().to(device)) for p in params_like([(3,)])]

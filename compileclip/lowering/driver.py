@@ -3,9 +3,9 @@
 Triton's own way from Python to a launch takes 30 us and more where Python is cold. What it needs of
 a compiled kernel is its handle, how many threads it has and how much shared memory; arguments are
 packed by its signature. Private parts of Triton used here, read in triton 3.6 and 3.7: that a
-``CompiledKernel`` has ``function``, ``metadata`` and ``src.signature``, that two pointers follow the
-arguments (scratch memory, of which ours need none). Where a kernel or the driver is another, Triton
-goes on to launch.
+``CompiledKernel`` has ``function``, ``metadata`` and ``src.signature``, that two pointers follow
+the arguments (scratch memory, of which ours need none). Where a kernel or the driver is another,
+Triton goes on to launch.
 
 The functions are a table (``FUNCTIONS``), so that a stub can stand for the driver where there is no
 GPU.
@@ -121,15 +121,15 @@ class Driver:
         CompilerError: there is no compiler.
     """
 
-    def __init__(self, device: torch.device, functions: dict[str, int], context: int) -> None:
+    def __init__(self, index: int, functions: dict[str, int], context: int) -> None:
         """Keep what native code needs.
 
         Args:
-            device: of which.
+            index: of the device, as torch counts.
             functions: the addresses of ``FUNCTIONS``, by name.
             context: of the device, as the driver has it.
         """
-        self.index = device.index
+        self.index = index
         table = [functions[name] for name in FUNCTIONS]
         self._native = array("Q", [*table, context, os.getpid()])
         self.native = address(self._native)
@@ -200,11 +200,12 @@ def of(device: torch.device) -> Driver | None:
         library()
     except (OSError, AttributeError, UnsupportedError, CompilerError):
         return None
+    index = torch.cuda.current_device() if device.index is None else device.index
     context, number = ctypes.c_void_p(), ctypes.c_int()
-    status = driver.cuDeviceGet(ctypes.byref(number), device.index)
+    status = driver.cuDeviceGet(ctypes.byref(number), index)
     # Torch's, which it has made: there are tensors.
     status = status or driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), number)
-    return None if status else Driver(device, functions, context.value or 0)
+    return None if status else Driver(index, functions, context.value or 0)
 
 
 def _libcuda() -> ctypes.CDLL:
