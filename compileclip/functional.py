@@ -136,9 +136,14 @@ def clip_grad_norm_(
                 "`parameters` is an empty generator, no gradient clipping will occur.",
                 stacklevel=3,
             )
+    norm_type, max_norm = _check_norm_type(norm_type), float(max_norm)
+    if foreach is None and not error_if_nonfinite and not torch.compiler.is_compiling():
+        total_norm = gpu.clip_grad_norm_(parameters, max_norm, norm_type)
+        if total_norm is not None:
+            return total_norm
     grads = _grads(parameters)
     total_norm = get_total_norm(grads, norm_type, error_if_nonfinite, foreach)
-    _clip(grads, float(max_norm), total_norm, foreach)
+    _clip(grads, max_norm, total_norm, foreach)
     return total_norm
 
 

@@ -24,10 +24,13 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from compileclip import native_torch_source, steady_step_source
-from compileclip.lowering import UnsupportedError, driver_source, native
+from compileclip.lowering import UnsupportedError, driver_source, list_source, native
 from compileclip.tensor_layout import layout_of_tensors, tag_of_dicts
 
-SOURCE = native_torch_source.SOURCE + driver_source.SOURCE + steady_step_source.SOURCE
+SOURCE = "".join(
+    module.SOURCE
+    for module in (native_torch_source, driver_source, steady_step_source, list_source)
+)
 
 _SHIM = ("data_ptr", "dim", "sizes", "strides", "dtype", "layout", "device_type", "device_index")
 _PYTHON = ("Dict_GetItemWithError", "List_GetItem", "List_Size", "Dict_Next")
@@ -57,6 +60,12 @@ class Library:
         self.give_back = give_back(("compileclip_give_back", library))
         step = held(status, pointer, pointer, *[ctypes.py_object] * 5, pointer, status)
         self.step = step(("compileclip_step", library))
+        integer, object_ = ctypes.c_int64, ctypes.py_object
+        gather = held(status, pointer, pointer, object_, integer)
+        self.gather_list = gather(("compileclip_list", library))
+        where = (object_, integer, ctypes.c_uint64, ctypes.c_uint64, pointer, ctypes.c_double)
+        launch = held(status, pointer, pointer, *where, pointer)
+        self.launch_list = launch(("compileclip_launch_list", library))
         folder = Path(torch.__file__).parent / "lib"
         try:
             shim, c10 = (ctypes.CDLL(str(folder / f"lib{k}.so")) for k in ("torch_cpu", "c10"))

@@ -73,6 +73,7 @@ class Copied:
     nbytes: int
     stream: int
     context: int
+    words: tuple[int, ...]
 
 
 class Stub:
@@ -109,7 +110,8 @@ class Stub:
     def _record(self, record: Record) -> Launched | Copied:
         if record.kind:
             where = record.place, record.origin
-            return Copied(*where, record.bytes, record.stream, record.context)
+            words = tuple(record.arguments[i] for i in range(record.count))
+            return Copied(*where, record.bytes, record.stream, record.context, words)
         name, types = KERNELS[record.function]
         arguments = tuple(record.arguments[i] for i in range(record.count))
         shape = (record.programs, record.threads, record.shared)

@@ -33,7 +33,8 @@ static void* current = (void*)0xC0;
 
 static int note(const Record& record) {
   if (calls++ == fails_at) return ERROR_LAUNCH_FAILED;
-  records[recorded++ % MOST_RECORDS] = record;
+  if (recorded < MOST_RECORDS) records[recorded] = record;
+  ++recorded;
   return 0;
 }
 
@@ -60,7 +61,7 @@ void* stub_kernel(int64_t count, const int64_t* sizes) {
 }
 int64_t stub_records(Record** first) {
   *first = records;
-  return recorded;
+  return recorded < MOST_RECORDS ? recorded : MOST_RECORDS;
 }
 void stub_reset() { recorded = calls = 0, fails_at = -1, capturing = busy = 0; }
 void stub_fail_at(int64_t call) { fails_at = calls + call; }
@@ -82,6 +83,8 @@ int cuMemcpyHtoDAsync_v2(uint64_t place, const void* from, size_t bytes, void* s
   record.kind = 1, record.place = place, record.from = (uint64_t)from, record.bytes = bytes;
   record.stream = (uint64_t)stream, record.context = (uint64_t)current;
   memcpy((void*)place, from, bytes);
+  record.count = bytes / 8 < MOST_ARGUMENTS ? bytes / 8 : MOST_ARGUMENTS;
+  memcpy(record.arguments, from, record.count * 8);
   return note(record);
 }
 int cuStreamIsCapturing(void*, int* status) { return *status = capturing, 0; }

@@ -15,6 +15,7 @@ from test_optim_db import all_params
 from torch import nn
 
 import compileclip
+from compileclip.lowering import gpu_list
 
 pytestmark = pytest.mark.gpu
 
@@ -213,3 +214,42 @@ def test_a_process_may_end_at_any_time() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert not done.stderr.strip(), done.stderr
+
+
+FUNCTIONS: dict[str, Any] = {
+    "get_total_norm": lambda p, order: compileclip.get_total_norm([q.grad for q in p], order),
+    "clip_grad_norm_": lambda p, order: compileclip.clip_grad_norm_(p, 0.5, order),
+    "clip_grads_with_norm_": lambda p, _: compileclip.clip_grads_with_norm_(
+        p, 0.5, torch.full((), 3.0, device="cuda")
+    ),
+    "clip_grad_value_": lambda p, _: compileclip.clip_grad_value_(p, 0.5),
+}
+
+
+@pytest.mark.parametrize("order", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize("call", FUNCTIONS)
+def test_functions(call: str, dtype: torch.dtype, order: float) -> None:
+    """Each by Triton's launcher, and then without it: the same bits, on whatever stream."""
+    if order != 2 and call.startswith(("clip_grads", "clip_grad_value")):
+        pytest.skip("no order")
+    gpu_list._entries.clear()
+    shapes = [(37, 5), (), (40000,), (0, 3), (2, 3, 4)] * 20
+    sources = [torch.randn(s, device="cuda").to(dtype) for s in shapes]
+    found = []
+    for stream in (None, None, torch.cuda.Stream(), None):
+        params = [nn.Parameter(torch.zeros_like(s)) for s in sources]
+        for p, source in zip(params, sources, strict=True):
+            p.grad = source.clone()
+        torch.cuda.synchronize()
+        known = len(gpu_list._entries)
+        with torch.cuda.stream(stream or torch.cuda.current_stream()):
+            norm = FUNCTIONS[call](params, order)
+        torch.cuda.synchronize()
+        found.append([p.grad for p in params] + ([] if norm is None else [norm]))
+        assert len(found) == 1 or len(gpu_list._entries) == known, "compiled again"
+    assert gpu_list._entries
+    for other in found[1:]:
+        assert all(map(same, found[0], other))

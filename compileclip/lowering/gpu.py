@@ -20,6 +20,9 @@ from torch.autograd.graph import increment_version
 
 from compileclip.fallback import warn_fallback
 from compileclip.lowering import UnsupportedError, has_triton, plain
+from compileclip.lowering.gpu_list import Task, remember
+from compileclip.lowering.gpu_list import run as run_list
+from compileclip.lowering.native import CompilerError
 
 if TYPE_CHECKING:
     from compileclip.lowering.triton_norm import List
@@ -37,8 +40,12 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor | None:
 
     Served are plain tensors on one GPU, for p = 1, 2 and inf.
     """
-    if norm_type not in ORDERS or not _serves(tensors):
+    if norm_type not in ORDERS or not _is_there(tensors[0].device):
         return None
+    task = Task(norm_type=norm_type)
+    found = _quickly(tensors, tensors[0], task)
+    if found is not None or not _serves(tensors):
+        return found
 
     dense = [t if _has_each_once(t) else t.contiguous() for t in tensors]
     lists = _lists(dense)
@@ -46,9 +53,40 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor | None:
     def run() -> Tensor:
         from compileclip.lowering.triton_norm import Shares
 
-        return Shares(lists, norm_type).end()
+        shares = Shares(lists, norm_type)
+        shares.end()
+        remember(task, dense[0], shares.launches)
+        return shares.total
 
     return _tried(run, "the norm's kernel") if lists else None
+
+
+def clip_grad_norm_(params: list[Tensor], max_norm: float, norm_type: float) -> Tensor | None:
+    """``total_norm`` of gradients and ``clip_`` at once, once each has run for such gradients.
+
+    Args:
+        params: whose gradients, where they have one.
+        max_norm: the bound.
+        norm_type: the order of the norm.
+
+    Returns:
+        The norm; None, and nothing was done, where that is not served.
+    """
+    first = next((p.grad for p in params if p.grad is not None), None)
+    if first is None or norm_type not in ORDERS or not _is_there(first.device):
+        return None
+    task = Task(norm_type=norm_type, kind="clip", bound=max_norm, from_grads=True)
+    return _quickly(params, first, task)
+
+
+def _quickly(tensors: Sequence[Tensor], first: Tensor, task: Task) -> Tensor | None:
+    """What ``gpu_list.run`` returns, if that may be asked."""
+    if _failed or type(tensors) is not list or not plain.runs_for_real():
+        return None
+    try:
+        return run_list(tensors, first, task)
+    except (UnsupportedError, CompilerError):
+        return None
 
 
 def scale_(tensors: Sequence[Tensor], scale: Tensor) -> bool:
@@ -71,10 +109,13 @@ def clamp_(tensors: Sequence[Tensor], most: float) -> bool:
 
 
 def _written(tensors: Sequence[Tensor], number: Tensor | None, kind: str, bound: float) -> bool:
-    asked = tensors if number is None else [*tensors, number]
-    if not _serves(asked) or not all(map(_has_each_once, tensors)):
+    first = tensors[0]
+    if not _is_there(first.device) or (number is not None and not _is_number(number, first)):
         return False
-    if number is not None and (number.dim() or number.dtype not in NUMBERS):
+    task = Task(kind=kind, bound=bound, number=number)
+    if _quickly(tensors, first, task) is not None:
+        return True
+    if not _serves(tensors) or not all(map(_has_each_once, tensors)):
         return False
 
     lists = _lists(tensors)
@@ -87,12 +128,24 @@ def _written(tensors: Sequence[Tensor], number: Tensor | None, kind: str, bound:
         from compileclip.lowering.triton_scale import write
 
         for each in lists:
-            write([each], number, kind, bound)
+            launches = write([each], number, kind, bound)
             done.append(str(each.dtype))
+        if len(lists) == 1:
+            remember(task, first, launches)
         increment_version(tensors)
         return True
 
     return bool(_tried(run, "the kernel that scales gradients", done))
+
+
+def _is_number(number: Tensor, first: Tensor) -> bool:
+    """Whether kernels can read ``number`` where ``first`` is."""
+    return (
+        type(number) in plain.PLAIN
+        and number.device == first.device
+        and number.dim() == 0
+        and number.dtype in NUMBERS
+    )
 
 
 def _serves(tensors: Sequence[Tensor]) -> bool:

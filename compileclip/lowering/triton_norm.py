@@ -63,6 +63,7 @@ class Shares:
     Attributes:
         total: 0-dim, float64 if one of the lists is and else float32; holds the norm once ended.
         constants: of the kernels that end it.
+        launches: what was launched for it.
     """
 
     def __init__(self, lists: Sequence[List], norm_type: float) -> None:
@@ -73,7 +74,7 @@ class Shares:
             norm_type: 1, 2 or infinity.
         """
         self.constants, self._count = _constants(lists, norm_type), 0
-        self._launches: list[Launch] = []
+        self.launches: list[Launch] = []
         device = lists[0].sizes.device
         count = sum(len(each.blocks) for each in lists)
         double = any(each.dtype == torch.float64 for each in lists)
@@ -91,7 +92,7 @@ class Shares:
     def ended(cls, total: Tensor, norm_type: float = 2.0) -> Shares:
         """A norm that is there; for one of that order, no other kernel is compiled."""
         made = cls.__new__(cls)
-        made._launches = []
+        made.launches = []
         order, double = ORDERS.get(norm_type, "squares"), total.dtype == torch.float64
         scaled = double and order == "squares"
         made.constants, made._count, made.total = {"ORDER": order, "SCALED": scaled}, 0, total
@@ -101,7 +102,7 @@ class Shares:
     @property
     def left_open(self) -> list[Launch]:
         """What took the shares, as long as nothing has ended the norm."""
-        return self._launches if self._count else []
+        return self.launches if self._count else []
 
     @property
     def open(self) -> tuple[Tensor, Tensor, int]:
@@ -116,7 +117,9 @@ class Shares:
         """The norm, ended by a kernel of its own where nothing has done so."""
         if self._count:
             with torch.cuda.device_of(self.total):
-                Launch(add_shares, 1, self.open, {**self.constants, **SECOND}).run()
+                constants = {**self.constants, **SECOND}
+                self.launches.append(Launch(add_shares, 1, self.open, constants))
+                self.launches[-1].run()
             self.note_ended()
         return self.total
 
@@ -125,8 +128,8 @@ class Shares:
         types = {"DTYPE": TYPES[each.dtype], "WIDE": _wide(each.dtype, norm_type)}
         constants = {**types, "CHUNK": CHUNK, **self.constants, **_FIRST}
         args = (*tensors, self._count, count)
-        self._launches.append(Launch(take_shares, len(each.blocks), args, constants))
-        self._launches[-1].run()
+        self.launches.append(Launch(take_shares, len(each.blocks), args, constants))
+        self.launches[-1].run()
         self._count += len(each.blocks)
 
 

@@ -18,7 +18,7 @@ _STEP = tl.constexpr(2048)  # elements at a time
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
-def write(lists: Sequence[List], number: Tensor | None, kind: str, bound: float) -> None:
+def write(lists: Sequence[List], number: Tensor | None, kind: str, bound: float) -> list[Launch]:
     """Launch one kernel per list on the current stream; nothing waits for the device.
 
     A list's elements are multiplied in float32, or float64 if they are float64.
@@ -29,7 +29,11 @@ def write(lists: Sequence[List], number: Tensor | None, kind: str, bound: float)
         kind: "scale": by ``number``. "clip": by ``min(1, bound / (number + 1e-6))``, computed in
             the dtype of ``number`` as torch does. "clamp": to ``[-bound, bound]``.
         bound: see there.
+
+    Returns:
+        What was launched.
     """
+    launches = []
     for each in lists:
         if not len(each.blocks):
             continue
@@ -45,7 +49,9 @@ def write(lists: Sequence[List], number: Tensor | None, kind: str, bound: float)
         }
         args = (each.addresses, each.sizes, each.blocks, read, bound)
         with torch.cuda.device_of(each.sizes):
-            Launch(_write, len(each.blocks), args, constants).run()
+            launches.append(Launch(_write, len(each.blocks), args, constants))
+            launches[-1].run()
+    return launches
 
 
 @triton.jit(do_not_specialize=["addresses", "sizes", "blocks", "number", "bound"])  # type: ignore[untyped-decorator, unused-ignore]
