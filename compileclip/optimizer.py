@@ -136,7 +136,7 @@ class ClippedOptimizer(Delegate):
         try:
             self._modes.step(self._settings, scaler, self._report)
         except Exception as error:
-            if closure is not None and refusals.misses_its_closure(error):
+            if refusals.misses_its_closure(error, closure is not None):
                 name = type(self.optimizer).__name__
                 raise RuntimeError(
                     f"the step of {name} asks for its closure, which the wrapper evaluates once, "

@@ -33,15 +33,6 @@ def check_optimizer(optimizer: Optimizer) -> None:
     Raises:
         ValueError: something does; the message says what, and what helps.
     """
-    name = type(optimizer).__name__
-    inner = getattr(optimizer, "base_optimizer", None)
-    if isinstance(inner, Optimizer):
-        raise ValueError(
-            f"{name} steps another optimizer, its base_optimizer, and may evaluate the closure "
-            "again in its step, with gradients that would not be clipped; wrap that one: "
-            f"make {name} with wrap(...) as its base optimizer, or set "
-            "opt.base_optimizer = compileclip.wrap(opt.base_optimizer, max_norm)"
-        )
     for group in optimizer.param_groups:
         check_group(group, optimizer)
 
@@ -69,9 +60,21 @@ def check_group(group: Mapping[str, Any], optimizer: Optimizer) -> None:
             check_parameter(p)
 
 
-def misses_its_closure(error: Exception) -> bool:
-    """Whether a step failed since it was not given the closure, which the wrapper evaluates."""
-    return "closure" in str(error).lower() or "'NoneType' object is not callable" in str(error)
+def misses_its_closure(error: Exception, given: bool) -> bool:
+    """Whether a step failed since it was not given the closure, which the wrapper evaluates.
+
+    Args:
+        error: what the step raised.
+        given: whether the wrapper was given one.
+    """
+    if "closure" in str(error).lower():
+        return True
+    trace = error.__traceback__
+    if trace is None or "'NoneType' object is not callable" not in str(error):
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return given or trace.tb_frame.f_locals.get("closure", error) is None
 
 
 def check_parameter(param: Tensor) -> None:
