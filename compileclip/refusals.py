@@ -13,9 +13,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 # Keys of a parameter group that would be taken for a bound of that group alone.
-_BOUNDS = {"max_norm", "norm_type", "norm_group", "nonfinite", "write_grads", "max_grad_norm"}
-_BOUNDS |= {"clip_grad", "clip_norm", "clip_value", "clip_grad_norm", "grad_clip"}
-_BOUNDS |= {"gradient_clip_val"}
+_OF_OTHERS = {
+    "max_grad_norm",
+    "clip_grad",
+    "clip_norm",
+    "clip_value",
+    "clip_grad_norm",
+    "grad_clip",
+}
+BOUNDS = frozenset(
+    {"max_norm", "norm_type", "norm_group", "nonfinite", "write_grads", "gradient_clip_val"}
+    | _OF_OTHERS
+)
 # By its mark, whose parameters or gradients are one rank's part of something larger.
 _PARTS = {
     "_fsdp_flattened": "FSDP1 (FullyShardedDataParallel)",
@@ -43,13 +52,7 @@ def check_group(group: Mapping[str, Any], optimizer: Optimizer) -> None:
     Raises:
         ValueError: it does, or a parameter of it is one rank's part of something larger.
     """
-    for key in group:
-        if key in _BOUNDS and key not in optimizer.defaults:
-            raise ValueError(
-                f"a parameter group has {key}={group[key]!r}, which would be ignored: one bound "
-                "holds for all groups; leave it out, or clip that group by itself with "
-                "compileclip.clip_grad_norm_ before the step"
-            )
+    check_keys(group, optimizer)
     if group.get("differentiable"):
         raise ValueError(
             "differentiable=True: no gradient flows through a step that clips; call "
@@ -58,6 +61,48 @@ def check_group(group: Mapping[str, Any], optimizer: Optimizer) -> None:
     for p in group["params"]:
         if isinstance(p, Tensor):  # what else there may be, the optimizer will say
             check_parameter(p)
+
+
+class Keys:
+    """The keys of an optimizer's parameter groups, of which others may come at any time."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._count = -1  # of the keys that were looked at
+
+    def check(self) -> None:
+        """See that no group asks for what would be ignored; in each step, so by their number.
+
+        Raises:
+            ValueError: one does.
+        """
+        count = 0
+        groups = self._optimizer.param_groups
+        for group in groups:
+            count += len(group)
+            if "max_norm" in group:  # which may have come in another one's place
+                break
+        else:
+            if count == self._count:
+                return
+        for group in groups:
+            check_keys(group, self._optimizer)
+        self._count = count
+
+
+def check_keys(group: Mapping[str, Any], optimizer: Optimizer) -> None:
+    """See that no key of a parameter group would be taken for a bound that holds.
+
+    Raises:
+        ValueError: one would, and it is no hyperparameter of the optimizer's own.
+    """
+    for key in BOUNDS.intersection(group):
+        if key not in optimizer.defaults:
+            raise ValueError(
+                f"a parameter group has {key}={group[key]!r}, which would be ignored: one bound "
+                "holds for all groups; leave it out, or clip that group by itself with "
+                "compileclip.clip_grad_norm_ before the step"
+            )
 
 
 def misses_its_closure(error: Exception, given: bool) -> bool:
