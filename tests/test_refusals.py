@@ -74,6 +74,17 @@ def test_a_bound_of_a_group_that_comes_later(mode: str, key: str, steps: int) ->
     opt.step()
 
 
+def test_a_bound_in_the_place_of_another_key() -> None:
+    params = params_like([(3,)])
+    opt = compileclip.wrap(SGD([{"params": params, "note": 1}], lr=0.1), 1.0)
+    set_grads(params, 0)
+    opt.step()
+    del opt.param_groups[0]["note"]
+    opt.param_groups[0]["max_norm"] = 0.1
+    with pytest.raises(ValueError, match=r"max_norm=0\.1, which would be ignored"):
+        opt.step()
+
+
 def _with(state: dict[str, Any], key: str) -> dict[str, Any]:
     state = copy.deepcopy(state)
     state["param_groups"][0][key] = 0.1
