@@ -141,12 +141,7 @@ class ClippedOptimizer(Delegate):
             self._modes.step(self._settings, scaler, self._report)
         except Exception as error:
             if refusals.misses_its_closure(error, closure is not None):
-                name = type(self.optimizer).__name__
-                raise RuntimeError(
-                    f"the step of {name} asks for its closure, which the wrapper evaluates once, "
-                    "before the norm; wrap the optimizer that it steps inside, or call "
-                    f"compileclip.clip_grad_norm_ in the closure and step the bare {name}"
-                ) from error
+                raise refusals.missed_closure(self.optimizer) from error
             raise
         finally:
             torch._C._set_grad_enabled(before)

@@ -122,6 +122,16 @@ def misses_its_closure(error: Exception, given: bool) -> bool:
     return given or trace.tb_frame.f_locals.get("closure", error) is None
 
 
+def missed_closure(optimizer: Optimizer) -> RuntimeError:
+    """What to raise in place of such an error."""
+    name = type(optimizer).__name__
+    return RuntimeError(
+        f"the step of {name} asks for its closure, which the wrapper evaluates once, before the "
+        "norm; wrap the optimizer that it steps inside, or call compileclip.clip_grad_norm_ in the "
+        f"closure and step the bare {name}"
+    )
+
+
 def check_parameter(param: Tensor) -> None:
     """See that ``param`` is not known to be one rank's part of a model.
 
