@@ -21,7 +21,8 @@ from compileclip.delegate import Delegate, decides_on_overflows
 from compileclip.eager import Scaler
 from compileclip.leaves import WITHOUT_GRADIENTS
 from compileclip.modes import Modes
-from compileclip.settings import ClipSettings
+from compileclip.refusals import BOUNDS
+from compileclip.settings import ClipSettings, Fixed
 from compileclip.standing_in import StandIn, have_gradients, stand_in
 from compileclip.traced import leave_out, traced_step
 
@@ -91,6 +92,7 @@ class ClippedOptimizer(Delegate):
     _stand_in: StandIn
     _settings: ClipSettings
     _modes: Modes
+    _keys: refusals.Keys
     _clipped_before: ClippedBefore | None
 
     def __init__(self, optimizer: Optimizer, settings: ClipSettings) -> None:
@@ -111,6 +113,7 @@ class ClippedOptimizer(Delegate):
         Raises:
             RuntimeError: a gradient lies on another device than its parameter, or the norm is not
                 finite and ``nonfinite="raise"``. Nothing was changed.
+            ValueError: a parameter group has got a bound of its own. Nothing was changed.
         """
         if torch.compiler.is_compiling():
             have = have_gradients(self._stand_in)
@@ -125,6 +128,7 @@ class ClippedOptimizer(Delegate):
 
     def _eager_step(self, closure: Callable[[], Any] | None = None) -> Any:
         """The step outside of ``torch.compile``."""
+        self._keys.check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -152,13 +156,8 @@ class ClippedOptimizer(Delegate):
         try:
             self._modes.step(self._settings, scaler, self._report)
         except Exception as error:
-            if closure is not None and refusals.misses_its_closure(error):
-                name = type(self.optimizer).__name__
-                raise RuntimeError(
-                    f"the step of {name} asks for its closure, which the wrapper evaluates once, "
-                    "before the norm; wrap the optimizer that it steps inside, or call "
-                    f"compileclip.clip_grad_norm_ in the closure and step the bare {name}"
-                ) from error
+            if refusals.misses_its_closure(error, closure is not None):
+                raise refusals.missed_closure(self.optimizer) from error
             raise
         finally:
             torch._C._set_grad_enabled(before)
@@ -197,13 +196,17 @@ class ClippedOptimizer(Delegate):
         """
         if closure is not None:
             return "step was given a closure"
+        live = self._stand_in.live
+        if any(k in g and k not in live.defaults for g in live.param_groups for k in BOUNDS):
+            return "a parameter group has a bound of its own"
         if "found_inf" in self.__dict__:
             return "a GradScaler is used, which decides on the host"
-        if self.nonfinite == "raise":
+        nonfinite = self._settings.nonfinite
+        if nonfinite == "raise":
             return 'nonfinite="raise" decides on the host'
         if self._stand_in.holds_shards():
             return "a parameter is a DTensor"
-        if self.nonfinite == "skip" and not self._stand_in.can_undo(have):
+        if nonfinite == "skip" and not self._stand_in.can_undo(have):
             return 'nonfinite="skip" decides on the host here, as the step may make new state'
         if self._stand_in.lacks_gradients(have):
             return WITHOUT_GRADIENTS  # or Dynamo has lost them: better asked than silent
@@ -227,25 +230,12 @@ class ClippedOptimizer(Delegate):
         self._settings = replace(self._settings, max_norm=value)
         self._modes.set_bound(self._settings.max_norm)
 
-    @property
-    def norm_type(self) -> float:
-        """The order p of the norm."""
-        return self._settings.norm_type
-
-    @property
-    def nonfinite(self) -> str:
-        """What a NaN or infinite norm does: "propagate", "raise" or "skip"."""
-        return self._settings.nonfinite
-
-    @property
-    def write_grads(self) -> bool | None:
-        """Whether ``p.grad`` holds the clipped gradient after a step; None for no promise."""
-        return self._settings.write_grads
-
-    @property
-    def mode(self) -> str:
-        """The mode that was asked for."""
-        return self._settings.mode
+    norm_type = Fixed[float]("The order p of the norm.")
+    nonfinite = Fixed[str]('What a NaN or infinite norm does: "propagate", "raise" or "skip".')
+    write_grads = Fixed["bool | None"](
+        "Whether ``p.grad`` holds the clipped gradient after a step; None for no promise."
+    )
+    mode = Fixed[str]("The mode that was asked for.")
 
     def explain(self) -> str:
         """A table of what a step does: per bucket its mode, size, scaling and bytes moved."""
@@ -286,6 +276,7 @@ class ClippedOptimizer(Delegate):
         self._delegate_to(state["optimizer"])
         self._settings = state["settings"]
         self._modes = Modes(self.optimizer)
+        self._keys = refusals.Keys(self.optimizer)
         self._stand_in = stand_in(self.optimizer)
         self.total_norm = state["total_norm"]
         self._clipped_before = ClippedBefore()

@@ -13,9 +13,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 # Keys of a parameter group that would be taken for a bound of that group alone.
-_BOUNDS = {"max_norm", "norm_type", "norm_group", "nonfinite", "write_grads", "max_grad_norm"}
-_BOUNDS |= {"clip_grad", "clip_norm", "clip_value", "clip_grad_norm", "grad_clip"}
-_BOUNDS |= {"gradient_clip_val"}
+_OF_OTHERS = {
+    "max_grad_norm",
+    "clip_grad",
+    "clip_norm",
+    "clip_value",
+    "clip_grad_norm",
+    "grad_clip",
+}
+BOUNDS = frozenset(
+    {"max_norm", "norm_type", "norm_group", "nonfinite", "write_grads", "gradient_clip_val"}
+    | _OF_OTHERS
+)
 # By its mark, whose parameters or gradients are one rank's part of something larger.
 _PARTS = {
     "_fsdp_flattened": "FSDP1 (FullyShardedDataParallel)",
@@ -33,15 +42,6 @@ def check_optimizer(optimizer: Optimizer) -> None:
     Raises:
         ValueError: something does; the message says what, and what helps.
     """
-    name = type(optimizer).__name__
-    inner = getattr(optimizer, "base_optimizer", None)
-    if isinstance(inner, Optimizer):
-        raise ValueError(
-            f"{name} steps another optimizer, its base_optimizer, and may evaluate the closure "
-            "again in its step, with gradients that would not be clipped; wrap that one: "
-            f"make {name} with wrap(...) as its base optimizer, or set "
-            "opt.base_optimizer = compileclip.wrap(opt.base_optimizer, max_norm)"
-        )
     for group in optimizer.param_groups:
         check_group(group, optimizer)
 
@@ -52,13 +52,7 @@ def check_group(group: Mapping[str, Any], optimizer: Optimizer) -> None:
     Raises:
         ValueError: it does, or a parameter of it is one rank's part of something larger.
     """
-    for key in group:
-        if key in _BOUNDS and key not in optimizer.defaults:
-            raise ValueError(
-                f"a parameter group has {key}={group[key]!r}, which would be ignored: one bound "
-                "holds for all groups; leave it out, or clip that group by itself with "
-                "compileclip.clip_grad_norm_ before the step"
-            )
+    check_keys(group, optimizer)
     if group.get("differentiable"):
         raise ValueError(
             "differentiable=True: no gradient flows through a step that clips; call "
@@ -69,9 +63,73 @@ def check_group(group: Mapping[str, Any], optimizer: Optimizer) -> None:
             check_parameter(p)
 
 
-def misses_its_closure(error: Exception) -> bool:
-    """Whether a step failed since it was not given the closure, which the wrapper evaluates."""
-    return "closure" in str(error).lower() or "'NoneType' object is not callable" in str(error)
+class Keys:
+    """The keys of an optimizer's parameter groups, of which others may come at any time."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._count = -1  # of the keys that were looked at
+
+    def check(self) -> None:
+        """See that no group asks for what would be ignored; in each step, so by their number.
+
+        Raises:
+            ValueError: one does.
+        """
+        count = 0
+        groups = self._optimizer.param_groups
+        for group in groups:
+            count += len(group)
+            if "max_norm" in group:  # which may have come in another one's place
+                break
+        else:
+            if count == self._count:
+                return
+        for group in groups:
+            check_keys(group, self._optimizer)
+        self._count = count
+
+
+def check_keys(group: Mapping[str, Any], optimizer: Optimizer) -> None:
+    """See that no key of a parameter group would be taken for a bound that holds.
+
+    Raises:
+        ValueError: one would, and it is no hyperparameter of the optimizer's own.
+    """
+    for key in BOUNDS.intersection(group):
+        if key not in optimizer.defaults:
+            raise ValueError(
+                f"a parameter group has {key}={group[key]!r}, which would be ignored: one bound "
+                "holds for all groups; leave it out, or clip that group by itself with "
+                "compileclip.clip_grad_norm_ before the step"
+            )
+
+
+def misses_its_closure(error: Exception, given: bool) -> bool:
+    """Whether a step failed since it was not given the closure, which the wrapper evaluates.
+
+    Args:
+        error: what the step raised.
+        given: whether the wrapper was given one.
+    """
+    if "closure" in str(error).lower():
+        return True
+    trace = error.__traceback__
+    if trace is None or "'NoneType' object is not callable" not in str(error):
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return given or trace.tb_frame.f_locals.get("closure", error) is None
+
+
+def missed_closure(optimizer: Optimizer) -> RuntimeError:
+    """What to raise in place of such an error."""
+    name = type(optimizer).__name__
+    return RuntimeError(
+        f"the step of {name} asks for its closure, which the wrapper evaluates once, before the "
+        "norm; wrap the optimizer that it steps inside, or call compileclip.clip_grad_norm_ in the "
+        f"closure and step the bare {name}"
+    )
 
 
 def check_parameter(param: Tensor) -> None:

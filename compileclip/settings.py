@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 from torch import Tensor
 
+T = TypeVar("T")
 NONFINITE = ("propagate", "raise", "skip")
 MODES = ("auto", "eager", "inductor", "multi_tensor")
 
@@ -39,6 +40,29 @@ class ClipSettings:
             raise ValueError(f"write_grads={self.write_grads!r}; choose from None, True, False")
         if self.mode not in MODES:
             raise ValueError(f"mode={self.mode!r} is unknown; choose from {MODES}")
+
+
+class Fixed(Generic[T]):
+    """An attribute that reads one of an object's ``_settings``, which stays as it was chosen.
+
+    Set later, it would have to undo what was decided by it, so that is refused.
+    """
+
+    def __init__(self, doc: str) -> None:
+        self.__doc__ = doc
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> T:
+        return cast(T, self if instance is None else getattr(instance._settings, self._name))
+
+    def __set__(self, instance: Any, value: object) -> None:
+        raise AttributeError(
+            f"{self._name} is {getattr(instance, self._name)!r} since the optimizer was wrapped, "
+            f"and cannot be set; wrap it anew: compileclip.wrap(opt.optimizer, opt.max_norm, "
+            f"{self._name}={value!r})"
+        )
 
 
 def _number(name: str, value: Any) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import params_like, set_grads
+from helpers import assert_same, params_like, set_grads
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -44,6 +44,108 @@ def test_a_bound_of_a_group_that_is_added_or_loaded() -> None:
     assert [len(group["params"]) for group in opt.param_groups] == [1, 1, 1]
 
 
+@pytest.mark.parametrize("key", ["max_norm", "gradient_clip_val"])
+@pytest.mark.parametrize("mode", ["auto", "eager", "inductor"])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_bound_of_a_group_that_comes_later(mode: str, key: str, steps: int) -> None:
+    """And not through the wrapper, so that it is seen in the next step alone."""
+    params = params_like([(3,), (4,)])
+    opt = compileclip.wrap(SGD(params, lr=0.1, momentum=0.9), 1.0, mode=mode)
+    for seed in range(steps):
+        set_grads(params, seed)
+        opt.step()
+    set_grads(params, steps)
+    with_it = [
+        lambda: opt.param_groups[0].update({key: 0.1}),
+        lambda: opt.optimizer.add_param_group({"params": params_like([(2,)]), key: 0.1}),
+        lambda: opt.optimizer.load_state_dict(_with(opt.state_dict(), key)),
+    ]
+    for come in with_it:
+        state = copy.deepcopy(opt.state_dict())
+        come()
+        before = [t.detach().clone() for p in params for t in (p, p.grad)]
+        buffers = copy.deepcopy(dict(opt.state))
+        with pytest.raises(ValueError, match=rf"{key}=0\.1, which would be ignored"):
+            opt.step(lambda: pytest.fail("the closure was called"))
+        assert_same([t for p in params for t in (p, p.grad)], before, "tensor")
+        assert_same(_buffers(opt.state), _buffers(buffers), "state")
+        del opt.param_groups[1:]
+        opt.load_state_dict(state)
+    opt.step()
+
+
+def test_a_bound_in_the_place_of_another_key() -> None:
+    params = params_like([(3,)])
+    opt = compileclip.wrap(SGD([{"params": params, "note": 1}], lr=0.1), 1.0)
+    set_grads(params, 0)
+    opt.step()
+    del opt.param_groups[0]["note"]
+    opt.param_groups[0]["max_norm"] = 0.1
+    with pytest.raises(ValueError, match=r"max_norm=0\.1, which would be ignored"):
+        opt.step()
+
+
+def _with(state: dict[str, Any], key: str) -> dict[str, Any]:
+    state = copy.deepcopy(state)
+    state["param_groups"][0][key] = 0.1
+    return state
+
+
+def _buffers(state: Any) -> list[Any]:
+    return [value["momentum_buffer"] for value in state.values() if len(value) > 0]
+
+
+def test_a_bound_of_a_group_that_comes_after_a_step_was_compiled() -> None:
+    params = params_like([(3,), (4,)])
+    opt = compileclip.wrap(SGD(params, lr=0.1), 1.0)
+
+    @compileclip.compile
+    def train_step() -> None:
+        sum(p.square().sum() for p in params).backward()
+        opt.step()
+        opt.zero_grad()
+
+    train_step()
+    train_step()
+    opt.param_groups[0]["max_norm"] = 0.1
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match=r"max_norm=0\.1, which would be ignored"):
+        train_step()
+    assert_same(params, before, "parameter")
+    del opt.param_groups[0]["max_norm"]
+    opt.zero_grad()
+    train_step()
+    assert not torch.equal(params[0], before[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "other"),
+    [
+        ("norm_type", 2.0, 1.0),
+        ("nonfinite", "propagate", "typo"),
+        ("write_grads", None, True),
+        ("mode", "auto", "eager"),
+    ],
+)
+def test_what_cannot_be_set_later(name: str, value: Any, other: Any) -> None:
+    opt = compileclip.wrap(SGD(params_like([(3,)]), lr=0.1), 1.0)
+    remedy = rf"wrap\(opt.optimizer, opt.max_norm, {name}={other!r}\)"
+    with pytest.raises(AttributeError, match=f"{name} is {value!r} since .*{remedy}"):
+        setattr(opt, name, other)
+    assert getattr(opt, name) == value
+    if other != "typo":
+        again = compileclip.wrap(opt.optimizer, opt.max_norm, **{name: other})
+        assert getattr(again, name) == other
+
+
+@pytest.mark.parametrize("value", [-1, float("nan")])
+def test_a_bound_that_is_none(value: float) -> None:
+    opt = compileclip.wrap(SGD(params_like([(3,)]), lr=0.1), 1.0)
+    with pytest.raises(ValueError, match="is no bound of a norm"):
+        opt.max_norm = value
+    assert opt.max_norm == 1.0
+
+
 class OwnClip(SGD):
     """An optimizer that clips by itself, which is its own business."""
 
@@ -55,7 +157,12 @@ class OwnClip(SGD):
 
 
 def test_a_hyperparameter_of_the_optimizer_is_its_own() -> None:
-    compileclip.wrap(OwnClip(params_like([(3,)])), 1.0)
+    params = params_like([(3,)])
+    opt = compileclip.wrap(OwnClip(params), 1.0)
+    set_grads(params, 0)
+    opt.step()
+    opt.param_groups[0]["max_grad_norm"] = 0.5
+    opt.step()
 
 
 @pytest.mark.parametrize("name", ["max_norm", "norm_type"])
@@ -115,15 +222,6 @@ class SAM(Optimizer):
         return loss
 
 
-class StepsTwice(SGD):
-    """A step that evaluates the closure by itself, without an optimizer inside."""
-
-    def step(self, closure: Any = None) -> Any:
-        loss = torch.enable_grad()(closure)()
-        super().step()
-        return loss
-
-
 def closure_of(opt: Optimizer) -> Callable[[], torch.Tensor]:
     def closure() -> torch.Tensor:
         opt.zero_grad()
@@ -153,13 +251,6 @@ def test_an_optimizer_around_another_one() -> None:
         inner.step(closure_of(inner))
         by_hand.step(closure_of(by_hand))
     assert torch.equal(p, q)
-
-
-@pytest.mark.parametrize("mode", ["auto", "eager"])
-def test_a_step_that_asks_for_its_closure(mode: str) -> None:
-    opt = compileclip.wrap(StepsTwice(params_like([(3,)]), lr=0.1), 1.0, mode=mode)
-    with pytest.raises(RuntimeError, match="the step of StepsTwice asks for its closure"):
-        opt.step(closure_of(opt))
 
 
 @pytest.fixture
