@@ -75,6 +75,8 @@ gpu:
 	    || failed="$$failed step"; $(SAVE); \
 	timeout 50 $(GPU_BENCH) train --device cuda --no-plots \
 	    --rows torch "torch, fused" compileclip "compileclip, eager" \
+	    + train --name train-6-layers --device cuda --no-plots --layers 6 --width 256 --block 128 \
+	    --batch 8 --steps 300 --rows torch "torch, fused" compileclip \
 	    || failed="$$failed train"; $(SAVE); \
 	timeout 50 $(GPU_BENCH) scaling --tensors 10 1000 5000 --sizes 1e5 1e7 1e9 $(GPU_METHOD) \
 	    --rows "clip + fused,multi_tensor,limit" --minutes 0.5 || failed="$$failed scaling"; $(SAVE); \

@@ -20,11 +20,9 @@ from torch.autograd.graph import increment_version
 
 from compileclip.fallback import warn_fallback
 from compileclip.lowering import UnsupportedError, has_triton, plain
-from compileclip.lowering.gpu_list import Task, remember
-from compileclip.lowering.gpu_list import run as run_list
-from compileclip.lowering.native import CompilerError
 
 if TYPE_CHECKING:
+    from compileclip.lowering.gpu_list import Task
     from compileclip.lowering.triton_norm import List
 
 _T = TypeVar("_T")
@@ -42,6 +40,8 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor | None:
     """
     if norm_type not in ORDERS or not _is_there(tensors[0].device):
         return None
+    from compileclip.lowering.gpu_list import Task, remember
+
     task = Task(norm_type=norm_type)
     found = _quickly(tensors, tensors[0], task)
     if found is not None or not _serves(tensors):
@@ -75,6 +75,8 @@ def clip_grad_norm_(params: list[Tensor], max_norm: float, norm_type: float) -> 
     first = next((p.grad for p in params if p.grad is not None), None)
     if first is None or norm_type not in ORDERS or not _is_there(first.device):
         return None
+    from compileclip.lowering.gpu_list import Task
+
     task = Task(norm_type=norm_type, kind="clip", bound=max_norm, from_grads=True)
     return _quickly(params, first, task)
 
@@ -83,8 +85,11 @@ def _quickly(tensors: Sequence[Tensor], first: Tensor, task: Task) -> Tensor | N
     """What ``gpu_list.run`` returns, if that may be asked."""
     if _failed or type(tensors) is not list or not plain.runs_for_real():
         return None
+    from compileclip.lowering import gpu_list
+    from compileclip.lowering.native import CompilerError
+
     try:
-        return run_list(tensors, first, task)
+        return gpu_list.run(tensors, first, task)
     except (UnsupportedError, CompilerError):
         return None
 
@@ -112,6 +117,8 @@ def _written(tensors: Sequence[Tensor], number: Tensor | None, kind: str, bound:
     first = tensors[0]
     if not _is_there(first.device) or (number is not None and not _is_number(number, first)):
         return False
+    from compileclip.lowering.gpu_list import Task, remember
+
     task = Task(kind=kind, bound=bound, number=number)
     if _quickly(tensors, first, task) is not None:
         return True
