@@ -171,8 +171,10 @@ static Status find_grad(const Torch& torch, const Bucket& bucket, int64_t i, con
   const Tensor grad = torch.grad_of(bucket.params[i]);
   if (*grad == torch.undefined) return STALE;
   if (torch.shape && find(torch, *grad, bucket.plain[1], address) &&
-      is_shaped(torch, *grad, shape) && *address)
+      is_shaped(torch, *grad, shape) && (*address || !has_elements(shape))) {
+    if (!has_elements(shape)) *address = 0;  // as torch has it
     return SAME;
+  }
   if (torch.shape && (word(*grad, torch.keys) & torch.negated)) return STALE;
   if (!is_kind(torch, grad, bucket.kind)) return STALE;
   const Status layout = compare(torch, grad, shape);
