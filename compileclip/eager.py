@@ -14,7 +14,6 @@ Private parts of torch used here, read in torch 2.11 to 2.13: the attributes ``g
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -93,8 +92,10 @@ def update(optimizer: Optimizer, settings: ClipSettings, grads: Gradients, norm:
     Raises:
         RuntimeError: ``nonfinite="raise"`` and the norm is not finite; nothing was changed.
     """
-    alike = layouts.are_alike(optimizer, grads.params)
-    with nullcontext() if alike else layouts.unfused(optimizer):
+    if layouts.are_alike(optimizer, grads.params):
+        _update(optimizer, settings, grads, norm)
+        return
+    with layouts.unfused(optimizer):
         _update(optimizer, settings, grads, norm)
 
 

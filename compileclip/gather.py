@@ -16,9 +16,19 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
+from compileclip import gather_in_python
 from compileclip.buckets import Bucket, StaleError
+from compileclip.gather_in_python import Lookup
 from compileclip.lowering import UnsupportedError, threads
-from compileclip.native_torch import address, library
+from compileclip.native_torch import address, has_library, library
+
+
+def surroundings(
+    optimizer: Optimizer, refused: Iterable[Tensor]
+) -> Surroundings | gather_in_python.Surroundings:
+    """An optimizer as it is now, natively if there is a compiler; see ``Surroundings``."""
+    made = Surroundings if has_library() else gather_in_python.Surroundings
+    return made(optimizer, refused)
 
 
 class Identities:
@@ -38,6 +48,9 @@ class Surroundings:
 
     Attributes:
         native: ``Optimizer`` of the native code; valid while this is alive.
+
+    Raises:
+        CompilerError: there is no compiler.
     """
 
     def __init__(self, optimizer: Optimizer, refused: Iterable[Tensor]) -> None:
@@ -76,7 +89,7 @@ class Table:
         bucket: whose.
         addresses: 64-bit, a row for each of ``bucket.dtypes``, in each one per parameter.
         grads: where in ``addresses`` those of the gradients are.
-        native: ``Bucket`` of the native code; valid while this is alive.
+        native: ``Bucket`` of the native code; valid while this is alive; 0 without a compiler.
 
     Raises:
         UnsupportedError: this version of torch cannot be asked for addresses without Python.
@@ -105,6 +118,21 @@ class Table:
                 self._set_row(row, map(Tensor.data_ptr, column))
         grad = params[0].grad
         assert grad is not None
+        self.native, self._slow = 0, None if has_library() else Lookup(bucket, kept)
+        if self._slow is None:
+            self._lay_out(kept, columns, grad)
+        self._check()
+
+    def _lay_out(self, kept: list[str], columns: list[list[Tensor]], grad: Tensor) -> None:
+        """Put down what the native code is to know.
+
+        Args:
+            kept: the names of the state that is to stay.
+            columns: for each, of all parameters.
+            grad: one of the gradients.
+        """
+        bucket, names = self.bucket, list(self.bucket.dtypes)
+        params: list[Tensor] = bucket.params
         objects = (params, bucket.states, kept, chain.from_iterable(columns))
         self._objects = [Identities(list(o)) for o in objects]
         self._numbers = (
@@ -122,7 +150,6 @@ class Table:
         self._lines = array("q", [lines for _, lines in hints[0]])
         self._native = self._struct()
         self.native = address(self._native)
-        self._check()
 
     def gather(self) -> bool:
         """Look up the gradients' addresses.
@@ -133,6 +160,9 @@ class Table:
         Raises:
             StaleError: parameters, gradients or state are not what they were.
         """
+        if self._slow is not None:
+            row = memoryview(self.addresses)[self.grads]
+            return self._slow.gather(row, self.places, self._grads)
         native = library()
         status = native.gather(native.torch, self.native, threads())
         if status == 2:
@@ -145,8 +175,8 @@ class Table:
         As after torch's own operations, a backward through what it saved of them before fails.
         Torch's way takes 0.1 us and more for each, as what counts is no longer in the cache.
         """
-        native = library()
-        if not native.note_written(native.torch, self.native, grads):
+        native = library() if self.native else None
+        if native is None or not native.note_written(native.torch, self.native, grads):
             params = self.bucket.params
             increment_version([*params, *(p.grad for p in params if grads and p.grad is not None)])
 

@@ -63,6 +63,8 @@ class Library:
         integer, object_ = ctypes.c_int64, ctypes.py_object
         gather = held(status, pointer, pointer, object_, integer)
         self.gather_list = gather(("compileclip_list", library))
+        contiguous = held(status, pointer, pointer, object_, integer, object_)
+        self.contiguous = contiguous(("compileclip_contiguous", library))
         where = (object_, integer, ctypes.c_uint64, ctypes.c_uint64, pointer, ctypes.c_double)
         launch = held(status, pointer, pointer, *where, pointer)
         self.launch_list = launch(("compileclip_launch_list", library))
@@ -164,6 +166,16 @@ def _offset() -> int:
 def library() -> Library:
     """The native functions, compiled at the first call."""
     return Library()
+
+
+@functools.cache
+def has_library() -> bool:
+    """Whether ``library`` can be compiled."""
+    try:
+        library()
+    except native.CompilerError:
+        return False
+    return True
 
 
 def address(numbers: array[Any]) -> int:

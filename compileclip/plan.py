@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from compileclip.buckets import StaleError
 from compileclip.eager import is_torchs_own
-from compileclip.gather import Surroundings, Table
+from compileclip.gather import Table, surroundings
 from compileclip.kept import marks
 from compileclip.lowering.norm import first_chunks
 from compileclip.sorting import sort
@@ -71,7 +71,7 @@ class Plan:
         self._nbytes = torch.tensor(nbytes, dtype=torch.int64, device="cpu")
         place = {p: i for i, p in enumerate(served)}
         self.tables = [Table(b, [place[p] for p in b.params], self.grads) for b in buckets]
-        self.surroundings = Surroundings(optimizer, without)
+        self.surroundings = surroundings(optimizer, without)
 
     def gather(self) -> list[Copied]:
         """Look up the addresses of this step.

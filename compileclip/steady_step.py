@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compileclip.eager import Scaler
 from compileclip.lowering import driver, threads
-from compileclip.native_torch import library
+from compileclip.native_torch import has_library, library
 from compileclip.settings import ClipSettings
 from compileclip.shadow import ChangedError
 from compileclip.steady_step_parts import COUNTED, Last, Native, native_step
@@ -114,7 +114,7 @@ def steady_step(last: Last, captured: bool) -> SteadyStep | None:
         last: the step.
         captured: whether CUDA graphs write addresses to where kernels find them, too.
     """
-    if not library().knows_versions or not _may_be(last):
+    if not has_library() or not library().knows_versions or not _may_be(last):
         return None
     native = native_step(last, captured)
     return None if native is None else SteadyStep(last, native)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from compileclip.eager import Scaler
+from compileclip.gather import Surroundings
 from compileclip.lowering import driver
 from compileclip.lowering.driver import Driver, Entry, Launch
 from compileclip.lowering.norm import native_norm
@@ -135,8 +136,10 @@ class _Parts:
         """Put the parts together."""
         last, tables = self.last, [work.table for work in self.last.works]
         counts = chain.from_iterable(map(self._counts, range(len(tables))))
+        surroundings = last.plan.surroundings
+        assert isinstance(surroundings, Surroundings)
         whole = (
-            last.plan.surroundings.native,
+            surroundings.native,
             *self.items([(table.native,) for table in tables]),
             *self.items(counts),
             *self.items(map(self._moved, last.works)),

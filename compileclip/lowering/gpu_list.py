@@ -101,9 +101,10 @@ def run(objects: list[Tensor], first: Tensor, task: Task) -> Tensor | None:
     entries = [None if key is None else _entries.get(key, key) for key in task.keys(first)]
     if any(isinstance(entry, tuple) for entry in entries):
         return None  # not yet compiled
-    on_device, native = driver.of(first.device), library()
+    on_device = driver.of(first.device)
     if on_device is None:
         return None
+    native = library()
     found = _gather(native, on_device, objects, first, task)
     if found is None:
         return None

@@ -31,6 +31,40 @@ static bool is_contiguous(const Torch& torch, const void* held, int64_t* count) 
   return true;
 }
 
+// What Python's objects may be: of which types, and with which keys if they are tensors.
+struct Known {
+  uint64_t tensors[2], others[3], keys;
+};
+
+static bool is_contiguous(const Torch& torch, const Known& known, Object object) {
+  const uint64_t type = word(object, sizeof(void*));
+  for (const uint64_t other : known.others)
+    if (type == other) return true;
+  int64_t count;
+  return (type == known.tensors[0] || type == known.tensors[1]) &&
+         word(*torch.tensor(object), torch.keys) == known.keys &&
+         is_contiguous(torch, *torch.tensor(object), &count);
+}
+
+// Whether the parameters of a list, their gradients and all state are known to be contiguous.
+extern "C" int compileclip_contiguous(const Torch* torch, const Known* known, Object params,
+                                      int64_t n, Object state) {
+  if (!torch->shape || !known->keys) return 0;
+  int64_t count;
+  for (int64_t i = 0; i < n; ++i) {
+    const Object param = torch->get_entry(params, i);
+    if (!is_contiguous(*torch, *known, param)) return 0;
+    const void* const grad = *torch->grad_of(param);
+    if (grad == torch->undefined) continue;
+    if (word(grad, torch->keys) != known->keys || !is_contiguous(*torch, grad, &count)) return 0;
+  }
+  Object key, held, name, value;
+  for (int64_t at = 0; torch->next(state, &at, &key, &held);)
+    for (int64_t within = 0; torch->next(held, &within, &name, &value);)
+      if (!is_contiguous(*torch, *known, value)) return 0;
+  return 1;
+}
+
 static int compare_words(const void* a, const void* b) {
   const uint64_t x = *(const uint64_t*)a, y = *(const uint64_t*)b;
   return x < y ? -1 : x > y;
