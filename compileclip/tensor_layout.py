@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 _INLINE = 5
-_WORDS, _STORAGE_WORDS = 22, 6  # that are looked at
+_WORDS, _STORAGE_WORDS = 26, 6  # that are looked at
 _MASK = (1 << 40) - 1  # two bytes of a dtype; a device's type, its index, and that there is one
 NOTHING = (0,) * 8
 

@@ -36,6 +36,7 @@ def test_what_is_captured_reads_nothing_of_the_host(
     give((ours, theirs), 2)
     with no_fallback(), no_wait(ours), pytest.MonkeyPatch.context() as patch:
         patch.setattr(targets.Gpu, "is_capturing", lambda _: True)
+        ours._modes.kernels.steady = None  # which asks the stream
         patch.setattr(triton_lists, "pinned", None)
         ours.step()
     theirs.step()
@@ -52,6 +53,7 @@ def test_what_a_graph_reads_outlives_another_plan(device: str) -> None:
     give((ours, theirs), 2)
     with no_fallback(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(targets.Gpu, "is_capturing", lambda _: True)
+        kernels.steady = None  # which asks the stream
         ours.step()
     (work,) = kernels._works
     bucket, extent = work.bucket, work.extent
