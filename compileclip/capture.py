@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +28,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from compileclip.pointwise import is_pointwise
 from compileclip.shadow import ChangedError, NotPointwiseError, Shadow
-from compileclip.untraced import uncompiled
 
 ATEN = torch.ops.aten
 CONSTANTS = {ATEN.pow.Tensor_Scalar, ATEN.pow_.Scalar}  # another exponent is another operation
@@ -85,7 +83,7 @@ def record(shadow: Shadow, group: Mapping[str, Any], others: Mapping[str, Any]) 
         NotPointwiseError: the step does something that is no pointwise operation.
     """
     recorder = _Recorder(shadow.operands)
-    with shadow.values(), uncompiled() if shadow.is_foreign else nullcontext(), recorder:
+    with shadow.values(), recorder:
         shadow.step(group, others)
     return recorder.finish(shadow)
 
