@@ -28,6 +28,7 @@ class Accesses:
 
     Attributes:
         writes: what it does to others, in words.
+        own: the attributes that it sets of its first argument, as methods do.
         globals: names that are looked up in globals, each with attributes taken of it in turn.
         names: of attributes, whosever they are.
         texts: constants that may be names of attributes.
@@ -35,6 +36,7 @@ class Accesses:
     """
 
     writes: list[str] = field(default_factory=list)
+    own: list[str] = field(default_factory=list)
     globals: dict[tuple[str, ...], None] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
     texts: set[str] = field(default_factory=set)
@@ -46,7 +48,7 @@ def accesses_of(code: CodeType) -> Accesses:
     """What ``code`` accesses."""
     found = Accesses()
     for each in _nested(code):
-        _add(found, each)
+        _add(found, each, _first(each) if each is code else None)
     return found
 
 
@@ -57,12 +59,11 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
             yield from _nested(constant)
 
 
-def _add(found: Accesses, code: CodeType) -> None:
+def _add(found: Accesses, code: CodeType, first: str | None) -> None:
     done: list[dis.Instruction] = []
     chain: tuple[str, ...] = ()
-    own = _own(code)
     found.texts.update(c for c in code.co_consts if isinstance(c, str) and c.isidentifier())
-    for each in dis.get_instructions(code):
+    for each in _instructions(code):
         name, value = each.opname, each.argval
         if name in _ATTRIBUTE:
             if not chain:
@@ -81,13 +82,19 @@ def _add(found: Accesses, code: CodeType) -> None:
             found.rebound.add(value)
         elif name == "STORE_ATTR":
             found.names.add(value)  # it may be a property
-            if own is None or _target(done, value) != own:
-                found.writes.append(f"sets the attribute {value!r} of something")
+            if first is not None and _target(done, value) == first:
+                found.own.append(value)
+            else:
+                found.writes.append(f"sets an attribute {value!r}")
         done.append(each)
 
 
-def _own(code: CodeType) -> str | None:
-    """The name of the object whose method ``code`` may be, unless it is bound anew."""
+def _instructions(code: CodeType) -> Iterator[dis.Instruction]:
+    return (each for each in dis.get_instructions(code) if each.opname != "EXTENDED_ARG")
+
+
+def _first(code: CodeType) -> str | None:
+    """The name of its first argument, unless that is bound anew."""
     if not code.co_argcount:
         return None
     name = code.co_varnames[0]

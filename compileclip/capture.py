@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from compileclip.pointwise import is_pointwise
 from compileclip.shadow import ChangedError, NotPointwiseError, Shadow
+from compileclip.warned import unwarned
 
 ATEN = torch.ops.aten
 CONSTANTS = {ATEN.pow.Tensor_Scalar, ATEN.pow_.Scalar}  # another exponent is another operation
@@ -83,7 +85,7 @@ def record(shadow: Shadow, group: Mapping[str, Any], others: Mapping[str, Any]) 
         NotPointwiseError: the step does something that is no pointwise operation.
     """
     recorder = _Recorder(shadow.operands)
-    with shadow.values(), recorder:
+    with unwarned() if shadow.is_foreign else nullcontext(), shadow.values(), recorder:
         shadow.step(group, others)
     return recorder.finish(shadow)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 
 # Modules of torch whose Python functions do nothing but operations, and ask optimizers for methods.
-OPERATIONS = ("torch.functional", "torch._tensor", "torch.nn.functional", "torch.optim.")
+_OPERATIONS = ("torch.functional", "torch._tensor", "torch.nn.functional")
 # Of built-in functions, those that are written in C.
 _BUILTIN = """
     abs all any ascii bin callable chr divmod format getattr hasattr hash hex id isinstance
@@ -59,6 +59,12 @@ def computes(function: Any) -> bool:
     return named or owner in _COMPUTING_MODULES
 
 
+def operates(function: types.FunctionType) -> bool:
+    """Whether it is torch's own and does nothing but operations, and optimizers' methods."""
+    module = str(function.__module__)
+    return module in _OPERATIONS or module.startswith("torch.optim.")
+
+
 @cache
 def _torch_functions() -> frozenset[Any]:
     asking = [reduce(_attribute, name.split("."), torch) for name in _ASKING.split()]
@@ -74,7 +80,8 @@ def _attribute(value: Any, name: str) -> Any:
 def is_harmless_class(cls: type) -> bool:
     """Whether to make an object of it, and to call its methods, changes nothing else."""
     known = cls.__module__ in HOLDING or cls.__module__.startswith("torch.optim.")
-    return known or cls in _CLASSES or issubclass(cls, (Tensor, Enum, *_numpy_numbers()))
+    tensors = issubclass(cls, Tensor) and cls.__module__.partition(".")[0] == "torch"
+    return known or tensors or cls in _CLASSES or issubclass(cls, (Enum, *_numpy_numbers()))
 
 
 def is_constant(value: Any) -> bool:

@@ -27,12 +27,12 @@ from compileclip.harmless import (
     HOLDERS,
     HOLDING,
     MISSING,
-    OPERATIONS,
     TO_TENSORS,
     computes,
     is_constant,
     is_harmless_class,
     members,
+    operates,
     taken,
 )
 from compileclip.shadow import NotPointwiseError
@@ -47,8 +47,9 @@ _OTHERS = """
 """
 _UNCALLED = frozenset(_OTHERS.split())
 _ORDINARY = ("param_groups", "state", "defaults")
+_OF_CLASSES = ("__new__", "__init_subclass__", "__class_getitem__")  # without a decorator
 # Of a class, what says nothing of what it does.
-_OF_CLASSES = ("__dict__", "__weakref__", "__annotations__", "__static_attributes__")
+_DESCRIBING = ("__dict__", "__weakref__", "__annotations__", "__static_attributes__")
 
 
 def check(optimizer: Optimizer) -> None:
@@ -67,7 +68,7 @@ class _Reach:
         self._optimizer = optimizer
         mro = type(optimizer).__mro__
         self._classes = [cls for cls in mro[: mro.index(Optimizer)] if cls is not object]
-        self._seen: set[int] = set()
+        self._seen: set[Any] = set()
         self._names: set[str] = set()
         self._where = "the step"  # the function that is being read
 
@@ -77,7 +78,7 @@ class _Reach:
         Raises:
             NotPointwiseError: something of it could leave a trace.
         """
-        self._value(raw_step(self._optimizer), "step")
+        self._value(raw_step(self._optimizer), "step", of_class=True)
         for cls in self._classes:
             for name, value in vars(cls).items():
                 function = getattr(value, "__func__", value)
@@ -102,17 +103,17 @@ class _Reach:
     def _refuse(self, what: str) -> None:
         raise NotPointwiseError(f"a trial could leave a trace: {self._where} {what}")
 
-    def _value(self, value: Any, name: str) -> None:
-        """Look at what is found under ``name``."""
+    def _value(self, value: Any, name: str, of_class: bool = False) -> None:
+        """Look at what is found under ``name``, in a class if ``of_class``."""
         if isinstance(value, staticmethod | classmethod):
-            value = value.__func__
+            value, of_class = value.__func__, False
         if is_constant(value):
             return
         if isinstance(value, types.FunctionType):
-            self._function(value, name)
+            self._function(value, name, of_class and name not in _OF_CLASSES)
         elif isinstance(value, property):
             for each in (value.fget, value.fset, value.fdel):
-                self._value(each, name)
+                self._value(each, name, of_class)
         elif isinstance(value, tuple | frozenset):
             for each in value:
                 self._value(each, name)
@@ -124,33 +125,37 @@ class _Reach:
         elif not computes(value):
             self._refuse(f"calls {name!r}")
 
-    def _function(self, function: types.FunctionType, name: str) -> None:
+    def _function(self, function: types.FunctionType, name: str, is_method: bool) -> None:
         code = function.__code__
         is_made = code.co_name == _COMPILED and code.co_filename.endswith(_COMPILING)
         if is_made or function is torch.compile:
             what = "what torch.compile made" if is_made else "torch.compile"
             raise NotPointwiseError(f"the step compiles by itself: it calls {what}")
-        if computes(function) or id(function) in self._seen:
+        if computes(function) or (function, is_method) in self._seen:
             return
-        self._seen.add(id(function))
+        self._seen.add((function, is_method))
         # What torch puts around a function: no_grad, hooks, what keeps Dynamo out.
         inner = getattr(function, "__wrapped__", None)
         if code.co_filename.startswith(_TORCH) and inner is not None:
-            self._value(inner, name)
-        elif str(function.__module__).startswith(OPERATIONS):
+            self._value(inner, name, is_method)
+        elif operates(function):
             for each in accesses_of(code).names:
                 self._attribute(each)
         else:
             before, self._where = self._where, function.__qualname__.replace(".<locals>", "")
-            self._outside(function)
+            self._outside(function, is_method)
             self._where = before
 
-    def _outside(self, function: types.FunctionType) -> None:
+    def _outside(self, function: types.FunctionType, is_method: bool) -> None:
         """Look at what the code of ``function`` accesses."""
         code = function.__code__
         found = accesses_of(code)
         for what in found.writes:
             self._refuse(what)
+        if found.own and not is_method:  # what is set of an optimizer is seen in a trial
+            self._refuse(f"sets an attribute {found.own[0]!r}")
+        for key, value in vars(function).items():
+            self._value(value, f"{function.__name__}.{key}")
         for name in found.rebound & set(code.co_freevars):
             self._refuse(f"sets {name!r}, which is not its own")
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
@@ -183,7 +188,9 @@ class _Reach:
         """Look at what ``name`` is where it is taken of the optimizer."""
         for cls in self._classes:
             if name in vars(cls) and name not in _UNCALLED:
-                self._value(vars(cls)[name], name)
+                if isinstance(vars(cls)[name], types.MemberDescriptorType):
+                    self._refuse(f"may change {name!r}, which the optimizer keeps in a slot")
+                self._value(vars(cls)[name], name, of_class=True)
 
     def _global(self, function: types.FunctionType, chain: tuple[str, ...]) -> None:
         """Look at a global of ``function`` and the attributes that are taken of it in turn."""
@@ -206,15 +213,15 @@ class _Reach:
 
     def _class(self, cls: type, name: str) -> None:
         """Look at a class, which may be called."""
-        if is_harmless_class(cls) or cls in self._classes or id(cls) in self._seen:
+        if is_harmless_class(cls) or cls in self._classes or cls in self._seen:
             return
-        self._seen.add(id(cls))
+        self._seen.add(cls)
         if cls.__module__.partition(".")[0] == "torch":
             self._refuse(f"calls {name!r}")
         for each in (c for c in cls.__mro__ if c.__module__ not in HOLDING):
             for key, value in vars(each).items():
-                if key not in _OF_CLASSES:
-                    self._value(value, f"{each.__name__}.{key}")
+                if key not in _DESCRIBING:
+                    self._value(value, key, of_class=True)
 
 
 def _is_filled(cell: types.CellType) -> bool:
