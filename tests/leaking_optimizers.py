@@ -5,7 +5,7 @@ as it is written.
 """
 
 # What is odd is meant to be: the ways in which people write such things.
-# ruff: noqa: B006, B023, PLW0603
+# ruff: noqa: B006
 
 from __future__ import annotations
 
@@ -155,6 +155,8 @@ InAClosure = does(lambda self, group, p, grad: TICK())
 
 
 class Tally:
+    """Counts, outside of any optimizer."""
+
     def __init__(self) -> None:
         self.count = 0
 

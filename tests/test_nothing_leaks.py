@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import logging
 import random
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -112,3 +113,37 @@ def test_what_is_odd_leaves_something(name: str, capsys: Any) -> None:
     """Or it would show nothing that it leaves the same."""
     found, plain = steps(name, None, capsys)[0], steps("Plain", None, capsys)[0]
     assert found != plain
+
+
+WARNS = """
+import sys, warnings
+sys.path.insert(0, {tests!r})
+import compileclip
+from helpers import params_like, set_grads
+from leaking_optimizers import Deprecated
+if {filter!r}:
+    warnings.simplefilter({filter!r})
+params = params_like([(3, 4), (5,)])
+opt = Deprecated(params)
+opt = compileclip.wrap(opt, None, mode={mode!r}) if {mode!r} else opt
+for seed in range(3):
+    set_grads(params, seed)
+    try:
+        opt.step()
+    except UserWarning:
+        print("raised in step", seed)
+"""
+
+
+@pytest.mark.parametrize("action", ["", "error", "always", "ignore"])
+def test_what_torch_warns_of_once_is_given_once(action: str) -> None:
+    """In a process of its own each, for torch notes it for the process."""
+    found = []
+    for mode in ("auto", ""):
+        tests = str(Path(__file__).parent)
+        script = WARNS.format(tests=tests, filter=action, mode=mode)
+        ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        found.append((ran.stdout, ran.stderr.count("is deprecated")))
+    expected = {"error": ("raised in step 0\n", 0), "ignore": ("", 0)}
+    assert found == [expected.get(action, ("", 1))] * 2
