@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from compileclip.pointwise import is_pointwise
 from compileclip.shadow import ChangedError, NotPointwiseError, Shadow
-from compileclip.untraced import uncompiled
+from compileclip.warned import unwarned
 
 ATEN = torch.ops.aten
 CONSTANTS = {ATEN.pow.Tensor_Scalar, ATEN.pow_.Scalar}  # another exponent is another operation
@@ -85,7 +85,7 @@ def record(shadow: Shadow, group: Mapping[str, Any], others: Mapping[str, Any]) 
         NotPointwiseError: the step does something that is no pointwise operation.
     """
     recorder = _Recorder(shadow.operands)
-    with shadow.values(), uncompiled() if shadow.is_foreign else nullcontext(), recorder:
+    with unwarned() if shadow.is_foreign else nullcontext(), shadow.values(), recorder:
         shadow.step(group, others)
     return recorder.finish(shadow)
 

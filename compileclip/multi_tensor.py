@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compileclip import eager, foreign, serving, traced
+from compileclip import eager, foreign, reach, serving, traced
 from compileclip.assemble import Kind
 from compileclip.buckets import StaleError
 from compileclip.eager import Scaler
@@ -164,6 +164,8 @@ class MultiTensorStep:
         return self._plan is not None
 
     def _make_plan(self, params: Sequence[Tensor], decides: bool) -> None:
+        if self._is_foreign:
+            reach.check(self._optimizer)
         for device in {p.device for p in params} - self._places.keys():
             self._places[device] = DeviceKernels(self._optimizer, targets.of(device))
             self._filled = None

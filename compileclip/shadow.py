@@ -198,7 +198,8 @@ class Shadow:
             if not isinstance(value, Tensor | StandIn) and not kept.is_data(value):
                 what = type(value).__name__
                 raise NotPointwiseError(f"a parameter group keeps a {what} in {name!r}")
-        data = {k: v for k, v in attributes.items() if k not in kept.usual() and kept.is_data(v)}
+        own = {k: v for k, v in attributes.items() if k not in kept.usual() or k == "defaults"}
+        data = {k: v for k, v in own.items() if kept.is_data(v)}
         groups = [{**g, **kept.copied(own)} for g, own in zip(groups, shared, strict=True)]
         attributes |= {**kept.copied(data), "param_groups": [dict(group) for group in groups]}
         self._run(attributes)

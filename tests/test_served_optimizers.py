@@ -28,8 +28,7 @@ SERVED = """
 # all the same keep state in other ways than a tensor of the parameter's shape under a name.
 REASONS = {
     "aten.linalg_vector_norm.default is not pointwise": """
-        ASGD AdaFactor AdaNorm AdaTAM ApolloDQN AvaGrad CAME Fromage LARS Lamb MARS ScalableShampoo
-        TAM
+        ASGD AdaFactor AdaNorm AdaTAM ApolloDQN AvaGrad CAME Fromage LARS Lamb TAM
     """,
     "aten._foreach_norm.Scalar is not pointwise": "AdaGC DAdaptSGD",
     "aten.sum.default is not pointwise": """
@@ -43,18 +42,19 @@ REASONS = {
     "aten.permute.default is not pointwise": "SOAP Shampoo",
     "aten.squeeze.default is not pointwise": "DASH",
     "aten.view.default is not pointwise": """
-        AdamP DAdaptAdam DAdaptLion FlashAdamW Nero Prodigy SCION SCIONLight SGDP SWATS
+        AdamP DAdaptAdam DAdaptLion Nero Prodigy SGDP SWATS
     """,
     "aten.zeros.default is not pointwise": "Alice",
     "aten.new_zeros.default is not pointwise": "Conda",
     "aten.normal_.default draws random numbers": "Gravity",
-    "aten.randn_like.default draws random numbers": "Kron",
     "the optimizer keeps a ": "Magma SPAM",
-    "of 3 parameters: the state 'mask' is not shaped as its parameter": "SaRA",
     "the state 'beta1_weight' has a shape of its own": "QHAdam",
     "the state 'grad_queue' is a deque": "AdaShift",
     "the state 'momentum_buffer' is a dict": "AggMo",
     "the step keeps state that is of no parameter": "EmoLynx EmoNavi MADGRAD",
+    "a trial could leave a trace: ": """
+        FlashAdamW Kron MARS SCION SCIONLight SaRA ScalableShampoo
+    """,
 }
 TABLE: dict[str, str | None] = dict.fromkeys(SERVED.split())
 TABLE |= {name: reason for reason, names in REASONS.items() for name in names.split()}
