@@ -156,7 +156,7 @@ def step(life: Life) -> str | None:
     """Step; the error, if there was one."""
     try:
         life.opt.step()
-    except (RuntimeError, KeyError) as error:  # the latter of state that is gone, in torch 2.11
+    except (RuntimeError, KeyError) as error:  # of state that is gone, in torch 2.11
         return type(error).__name__
     return None
 
