@@ -151,6 +151,7 @@ class _Parts:
             address(self.given),
             *(last.settings.write_grads is True, captured),
             *device,
+            0,
         )
         found = {id(t): t for each in _launches(last) for t in each.args if isinstance(t, Tensor)}
         for other in (last.total, last.scaler.grad_scale, last.scaler.found_inf):

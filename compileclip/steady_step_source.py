@@ -76,6 +76,7 @@ struct Steady {
   Array<const Update> updates;
   int64_t only_finite;
   Python python;
+  int64_t is_running;  // in a thread that lets others run
 };
 
 enum Outcome { DONE, OTHERWISE };  // else an error of the driver's, negated
@@ -156,8 +157,9 @@ static bool is_finite(const Norm& norm, const void* total) {
   return norm.out_dtype ? isfinite(*(const double*)total) : isfinite(*(const float*)total);
 }
 
-static int on_host(const Steady& steady, int threads) {
+static int on_host(Steady& steady, int threads) {
   const Norm& norm = *steady.norm;
+  steady.is_running = 1;
   void* const total = (void*)steady.given[0];
   void* const thread = steady.python.save_thread();
   int status = norm.run(total, int(norm.out_dtype), norm.n, norm.pointers, norm.sizes,
@@ -170,6 +172,7 @@ static int on_host(const Steady& steady, int threads) {
                threads);
     }
   steady.python.restore_thread(thread);
+  steady.is_running = 0;
   return status ? OTHERWISE : DONE;
 }
 
@@ -183,10 +186,11 @@ static void write(const Count& count) {
 }
 
 // Step, if all is as it was in the last step. "norm", "scale" and "verdict" are tensors.
-extern "C" int compileclip_step(const Torch* torch, const Steady* steady, Object groups,
-                                Object state, Object norm, Object scale, Object verdict,
-                                void* stream, int threads) {
+extern "C" int compileclip_step(const Torch* torch, Steady* steady, Object groups, Object state,
+                                Object norm, Object scale, Object verdict, void* stream,
+                                int threads) {
   if (!may_run() || (steady->driver && steady->driver->pid != getpid())) return OTHERWISE;
+  if (steady->is_running) return OTHERWISE;  // and reads what is given
   const Object given[] = {norm, scale, verdict};
   for (int k = 0; k < 3; ++k)
     if (torch->data_ptr(torch->tensor(given[k]), &steady->given[k])) return OTHERWISE;

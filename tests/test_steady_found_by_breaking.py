@@ -162,6 +162,21 @@ def test_an_interrupt_right_after_the_native_call() -> None:
     assert_as_eager(interrupt)
 
 
+def test_a_step_while_another_thread_is_in_the_native_call() -> None:
+    """That one reads where this one would put its norm's address."""
+    opt = wrapped()
+    steps(opt, 0)
+    steady = opt._modes.kernels.steady
+    steady._native.held[-1][-1] = 1  # is_running
+    before = [p.detach().clone() for p in params_of(opt)]
+    give(opt, 100)
+    assert steady.run(opt._settings, None) is None
+    assert all(map(torch.equal, before, params_of(opt)))
+    opt.step()
+    assert opt._modes.kernels.steady is not steady
+    assert counts(opt)[0] == STEPS + 1
+
+
 def _set(what: str, change: Callable[[Any], Any]) -> Callable[[Any], None]:
     def replace(opt: Any) -> None:
         groups = opt.param_groups
