@@ -103,7 +103,18 @@ class Bucket:
     def is_unchanged(self) -> bool:
         """Whether nobody has written to counts and numbers since the last step."""
         counts = all(buffer._version == version for buffer, version in self.versions.values())
-        return counts and (not self.numbers or self._has_numbers())
+        return counts and self._has_counts() and (not self.numbers or self._has_numbers())
+
+    def _has_counts(self) -> bool:
+        """Whether counts on a host are what they were: versions do not tell of all that writes."""
+        if self.stays or self._on_host:
+            return True  # a device would have to be waited for
+        for name, buffer in self.counts.items():
+            found = buffer.tolist()
+            found = found if buffer.dim() else [found]
+            if found.count(self.values[name]) != len(found):
+                return False
+        return True
 
     def _has_numbers(self) -> bool:
         """Whether each parameter has the same objects as numbers, and no further state."""
@@ -154,10 +165,13 @@ class Bucket:
 
 
 def _lie_in_a_row(tensors: Sequence[Tensor]) -> bool:
-    """Whether 0-dim tensors are views of one buffer, one after the other."""
+    """Whether 0-dim tensors are views of one buffer, one after the other.
+
+    Those that were copied or loaded together share memory, too, but no version.
+    """
     first = tensors[0]
-    start, size, storage = first.data_ptr(), first.element_size(), first.untyped_storage()._cdata
-    return all(
-        t.data_ptr() == start + i * size and t.untyped_storage()._cdata == storage
+    start, size, base = first.data_ptr(), first.element_size(), first._base
+    return len(tensors) == 1 or all(
+        t.data_ptr() == start + i * size and t._base is base is not None
         for i, t in enumerate(tensors)
     )

@@ -68,7 +68,10 @@ class Formula:
             ChangedError: the step is another.
         """
         scalars, counts = self.find(group, others)
-        return [float(s) for s in scalars], dict(zip(self.names, counts, strict=True))
+        try:
+            return [float(s) for s in scalars], dict(zip(self.names, counts, strict=True))
+        except (TypeError, OverflowError) as error:  # of what is complex, or too large an int
+            raise ChangedError from error
 
     def find(
         self, group: Mapping[str, Any], others: Mapping[str, Any]
@@ -108,6 +111,8 @@ def kinds(group: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     Raises:
         ChangedError: the group holds what there is no formula of.
     """
+    if any(type(name) is not str for name in group):  # others may not be what Python reads
+        raise ChangedError
     return tuple((name, _kind(value)) for name, value in group.items() if name != "params")
 
 

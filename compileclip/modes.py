@@ -156,7 +156,10 @@ class Modes:
         assert self.kernels is not None
         norm = self.kernels.norm(settings, copies, scaler)
         report(norm.total)
-        left = self.kernels.run(settings, copies, norm, scaler)
+        if type(norm.total) is Tensor:
+            left = self.kernels.run(settings, copies, norm, scaler)
+        else:  # of a class that has operations of its own: it may have no memory to read
+            left = eager.params_with_grad(self._optimizer)
         if left:
             self._warn(settings)
             grads = Gradients(scaler.grad_scale, scaler.found_inf, left)

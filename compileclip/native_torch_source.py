@@ -33,7 +33,7 @@ struct Torch {
   // Where in what a tensor holds the rest of a plain tensor is; or zeros if that is not known.
   int64_t shape, first, kind, keys;  // of the first element in the storage; dtype and device
   int64_t data, context;           // where in a storage its memory and what owns that are
-  uint64_t kind_mask, negated;     // bits of "kind" that count; of "keys" that tell a negation
+  uint64_t kind_mask, odd;         // bits of "kind" that count; of "keys" that are not plain
   int64_t tag;  // where a dictionary has a number that no other state of it has had, or 0
 
   Tensor tensor(Object object) const { return (Tensor)((char*)object + offset); }
@@ -152,10 +152,19 @@ static bool is_shaped(const Torch& torch, const void* held, const int64_t* shape
   return true;
 }
 
+// Whether a tensor is to be negated when it is read, or its class has operations of its own.
+static bool is_odd(const Torch& torch, const void* held) {
+  return word(held, torch.keys) & torch.odd;
+}
+
 static bool is_at(const Torch& torch, Object object, const Plain& plain, uint64_t expected) {
   uint64_t address;
   const Tensor tensor = torch.tensor(object);
-  if (torch.shape && find(torch, *tensor, plain, &address) && address == expected) return true;
+  if (torch.shape) {
+    if (find(torch, *tensor, plain, &address) && address == expected) return true;
+    if ((word(*tensor, torch.kind) & torch.kind_mask) != plain.kind || is_odd(torch, *tensor))
+      return false;
+  }
   return !torch.data_ptr(tensor, &address) && address == expected;
 }
 
@@ -175,7 +184,7 @@ static Status find_grad(const Torch& torch, const Bucket& bucket, int64_t i, con
     if (!has_elements(shape)) *address = 0;  // as torch has it
     return SAME;
   }
-  if (torch.shape && (word(*grad, torch.keys) & torch.negated)) return STALE;
+  if (torch.shape && is_odd(torch, *grad)) return STALE;
   if (!is_kind(torch, grad, bucket.kind)) return STALE;
   const Status layout = compare(torch, grad, shape);
   if (layout == STALE || torch.data_ptr(grad, address)) return STALE;

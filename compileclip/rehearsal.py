@@ -128,7 +128,11 @@ class Rehearsal:
         Raises:
             ChangedError: the step does something else, or something that props do not know.
         """
-        return [float(s) for s in self.trace(group, others)]
+        scalars = self.trace(group, others)
+        try:
+            return [float(s) for s in scalars]
+        except (TypeError, OverflowError) as error:  # of what is complex, or too large an int
+            raise ChangedError from error
 
     def trace(self, group: Mapping[str, Any], others: Mapping[str, Any]) -> list[Any]:
         """As ``run``, with the scalars as the step gave them."""

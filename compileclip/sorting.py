@@ -35,6 +35,8 @@ def sort(
         The buckets, and each parameter that is in none with the reason.
     """
     group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    if len(group_of) < sum(len(group["params"]) for group in optimizer.param_groups):
+        return [], [(p, "the groups hold a parameter twice") for p in params]
     found: list[Bucket] = []
     refused: list[tuple[Tensor, str]] = []
     values = _counts(params, optimizer)
@@ -89,8 +91,9 @@ def _kind(p: Tensor, state: dict[str, Any], group: int, known: Mapping[int, floa
         raise NotServedError("a gradient is sparse or no plain tensor")
     if any(t.is_inference() for t in (p, grad, *state.values()) if isinstance(t, Tensor)):
         raise NotServedError("a parameter, gradient or state was made in torch.inference_mode()")
-    if p.is_neg() or (grad.is_neg() and grad.stride() == p.stride()):  # else it is copied
-        raise NotServedError("a parameter or gradient is to be negated when it is read")
+    negated = p.is_neg() or any(v.is_neg() for v in state.values() if isinstance(v, Tensor))
+    if negated or (grad.is_neg() and grad.stride() == p.stride()):  # else it is copied
+        raise NotServedError("a parameter, gradient or state is to be negated when it is read")
     if p.dtype not in DTYPES or grad.dtype not in DTYPES:
         raise NotServedError(f"a parameter is {p.dtype}, with a gradient in {grad.dtype}")
     if not is_dense(p):

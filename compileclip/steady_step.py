@@ -57,28 +57,33 @@ class SteadyStep:
             return None
         total = torch.empty((), dtype=self._dtype, device=self._device)
         scale, verdict = self._asked(scaler, total) if scaler or self._is_scaled else (total, total)
-        if scale is None:
+        if scale is None or type(total) is not Tensor:  # in a mode that fakes tensors
             return None
-        native, groups = self._native, self._optimizer.param_groups
+        native, groups, found = self._native, self._optimizer.param_groups, []
         try:
-            found = [(n, n.formula.find(groups[n.group], n.values)) for n in native.numbers]
-        except (ChangedError, IndexError):
+            for numbers in native.numbers:
+                scalars, counts = numbers.formula.find(groups[numbers.group], numbers.values)
+                found.append((numbers, array("d", counts), counts))
+                native.floats[numbers.scalars] = array("d", scalars)
+                native.floats[numbers.counts] = found[-1][1]
+        except (ChangedError, IndexError, TypeError, OverflowError):  # of no float64
             return None
-        for numbers, (scalars, counts) in found:
-            native.floats[numbers.scalars] = array("d", scalars)
-            native.floats[numbers.counts] = array("d", counts)
         stream = 0 if self._driver is None else self._driver.stream()
         if stream != self._stream:
             self._follow(stream)
         known = self._library
         tensors = (total, scale, verdict)
         where = (groups, self._optimizer.state, *tensors, stream, threads())
-        outcome = known.step(known.torch, native.address, *where)
+        try:
+            outcome = known.step(known.torch, native.address, *where)
+        except SystemError:  # no list any more, or no dictionary
+            return None
         if outcome:
             driver.check(min(outcome, 0), "launch a step, which may be done in part")
             return None
-        for numbers, (_, counts) in found:
+        for numbers, written, counts in found:
             numbers.values.update(zip(numbers.formula.names, counts, strict=True))
+            native.floats[numbers.before] = written
         return total
 
     def _takes(self, settings: ClipSettings) -> bool:

@@ -68,8 +68,9 @@ class Numbers:
     formula: Formula
     group: int
     values: dict[str, Any]  # of the bucket
-    scalars: slice  # of ``_floats``
+    scalars: slice  # of ``floats``
     counts: slice
+    before: slice  # counts, as the last step left them
 
 
 @dataclass
@@ -112,10 +113,14 @@ class _Parts:
             assert formula is not None
             middle = first + len(kernel.program.scalars)
             end = middle + len(formula.names)
-            places = slice(first, middle), slice(middle, end)
+            last_one = 2 * end - middle
+            places = slice(first, middle), slice(middle, end), slice(end, last_one)
             self.numbers.append(Numbers(formula, bucket.group, bucket.values, *places))
-            first = end
+            first = last_one
         self.floats = array("d", bytes(8 * first))
+        for each in self.numbers:
+            known = (each.values[name] for name in each.formula.names)
+            self.floats[each.before] = array("d", known)
 
     def keep(self, numbers: Iterable[int], kind: str = "q") -> int:
         """The address of an array, which is kept."""
@@ -157,12 +162,13 @@ class _Parts:
         bucket, numbers = self.last.works[work].bucket, self.numbers[work]
         found: list[tuple[int, ...]] = []
         for name, (buffer, version) in bucket.versions.items():
-            written = (0, 0, 0, 0)
+            written = (0, 0, 0, 0, 0)
             if not bucket.stays:
-                index = numbers.counts.start + numbers.formula.names.index(name)
-                value = address(self.floats) + 8 * index
-                written = (buffer.data_ptr(), buffer.numel(), COUNTED[buffer.dtype], value)
-            found.append((buffer._cdata, version, *written))
+                index = numbers.formula.names.index(name)
+                starts = numbers.counts.start, numbers.before.start
+                places = (address(self.floats) + 8 * (start + index) for start in starts)
+                written = (buffer.data_ptr(), buffer.numel(), COUNTED[buffer.dtype], *places)
+            found.append((id(buffer), version, *written))
         return found
 
     def _moved(self, work: Work) -> tuple[int, ...]:

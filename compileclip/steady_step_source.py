@@ -23,11 +23,11 @@ struct Moved {
 
 // A tensor of numbers in the state, one for each parameter.
 struct Count {
-  void* held;       // what its Python object holds
+  Object tensor;
   int64_t version;  // that nobody else has written since
-  char* data;       // if the host is to write "value" there
+  char* data;       // if the host is to write "value" there, where "before" is to be
   int64_t n, is_double;
-  const double* value;
+  const double *value, *before;
 };
 
 struct Norm {
@@ -87,11 +87,26 @@ static bool may_run() {
   return !set || strcmp(set, "1");
 }
 
+// Whether a count is where and what it was. A version does not tell: a tensor that was copied
+// or loaded may have one of its own, and what writes through ".data" or NumPy counts none.
+static bool is_counted(const Torch& torch, const Count& count) {
+  const Tensor tensor = torch.tensor(count.tensor);
+  const char* const version = torch.version_of(*tensor);
+  if (!version || *(uint32_t*)(version + torch.number) != uint32_t(count.version)) return false;
+  if (!count.data) return true;
+  uint64_t address;
+  if (torch.data_ptr(tensor, &address) || address != uint64_t(count.data)) return false;
+  for (int64_t i = 0; i < count.n; ++i) {
+    const double found = count.is_double ? ((double*)count.data)[i] : ((float*)count.data)[i];
+    if (found != *count.before) return false;
+  }
+  return true;
+}
+
 static bool is_as_before(const Torch& torch, const Steady& steady, Object groups, Object state,
                          int threads) {
   for (const Count& count : steady.counts)
-    if (*(uint32_t*)(torch.version_of(count.held) + torch.number) != uint32_t(count.version))
-      return false;
+    if (!is_counted(torch, count)) return false;
   if (!compileclip_same(&torch, steady.before, groups, state)) return false;
   for (const Bucket* bucket : steady.buckets) {
     const int64_t most = 1 + bucket->n / LEAST;

@@ -21,20 +21,32 @@ _MASK = (1 << 40) - 1  # two bytes of a dtype; a device's type, its index, and t
 NOTHING = (0,) * 8
 
 
+class _WithOperations(Tensor):
+    """Of a class that has its own."""
+
+    @classmethod
+    def __torch_dispatch__(cls, *_: object) -> None:
+        """Never called."""
+
+
 def layout_of_tensors() -> tuple[int, ...]:
     """The fields of ``Torch``, in the native code, from ``shape`` on; zeros if not found."""
     whole = torch.empty(1000, device="cpu")
     tensor = whole.as_strided((3, 5, 7), (70, 11, 1), 37)
     storage = tensor.untyped_storage()
     words, held = _words(tensor), _at(storage._cdata, _STORAGE_WORDS)
-    keys = [torch._C._dispatch_keys(t).raw_repr() for t in (tensor, torch._neg_view(tensor))]
+    others = (
+        torch._neg_view(tensor),
+        Tensor._make_wrapper_subclass(_WithOperations, (1,), device=torch.device("cpu")),
+    )
+    keys = [torch._C._dispatch_keys(t).raw_repr() for t in (tensor, *others)]
     shapes = [i for i in range(_WORDS - 2 * _INLINE) if _is_shape(words[i:], tensor)]
     first, keyed = (_places(words, number) for number in (37, keys[0]))
     memory = _places(held, storage.data_ptr())
     if [*map(len, (shapes, first, _kinds(), keyed, memory))] != [1, 1, 1, 1, 2]:
         return NOTHING
     places = [8 * i for i in (*shapes, *first, *_kinds(), *keyed, *memory)]
-    return (*places, _MASK, keys[1] & ~keys[0])
+    return (*places, _MASK, (keys[1] | keys[2]) & ~keys[0])
 
 
 def tag_of_dicts() -> int:
