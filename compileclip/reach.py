@@ -143,7 +143,13 @@ class _Reach:
                 self._attribute(each)
         else:
             before, self._where = self._where, function.__qualname__.replace(".<locals>", "")
-            self._outside(function, is_method)
+            try:
+                self._outside(function, is_method)
+            except NotPointwiseError:
+                if _is_torchs(code):  # what is within it tells nobody anything
+                    self._where = before
+                    self._refuse(f"calls {name!r}")
+                raise
             self._where = before
 
     def _outside(self, function: types.FunctionType, is_method: bool) -> None:
@@ -222,6 +228,12 @@ class _Reach:
             for key, value in vars(each).items():
                 if key not in _DESCRIBING:
                     self._value(value, key, of_class=True)
+
+
+def _is_torchs(code: types.CodeType) -> bool:
+    """Whether it is of torch, but of no optimizer."""
+    optim = os.path.join(_TORCH, "optim", "")
+    return code.co_filename.startswith(_TORCH) and not code.co_filename.startswith(optim)
 
 
 def _is_filled(cell: types.CellType) -> bool:

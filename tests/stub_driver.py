@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from compileclip import kernels
-from compileclip.lowering import native, targets, triton_norm_kernels, triton_scale
+from compileclip.lowering import native, targets, triton_module, triton_norm_kernels, triton_scale
 
 STREAM = 0x5EED
 NAMES = ["Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adamax", "Adadelta", "ASGD", "Rprop", "SGD"]
@@ -155,7 +155,7 @@ def stubbed(monkeypatch: Any) -> Iterator[Stub]:
             supported = lambda supports_xla=True: ["cpu", "cuda"]  # noqa: E731
             monkeypatch.setattr(module, "_get_capturable_supported_devices", supported)
     functions = [triton_norm_kernels.take_shares, triton_norm_kernels.add_shares]
-    functions.append(triton_scale._write)
+    functions += [triton_scale._write]
     _forget(functions)
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(_TritonsDriver(stub))
@@ -170,6 +170,7 @@ def _forget(functions: list[Any]) -> None:
     """What is compiled of kernels that are not of one program alone."""
     for function in functions:
         function.device_caches.clear()
+    triton_module.load.cache_clear()
 
 
 def _stub_driver(monkeypatch: Any, stub: Stub) -> None:

@@ -127,7 +127,7 @@ class Noisy(SGD):
         (ByShape, "depends on a parameter's shape"),
         (Normalizes, "not pointwise"),
         (CountsItself, "changes the optimizer's 'count'"),
-        (Noisy, "draws random numbers"),
+        (Noisy, "a trial could leave a trace: Noisy.step calls 'torch.manual_seed'"),
     ],
 )
 def test_what_is_no_pointwise_step_is_refused_with_its_reason(cls: Any, reason: str) -> None:
