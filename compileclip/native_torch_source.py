@@ -33,7 +33,7 @@ struct Torch {
   // Where in what a tensor holds the rest of a plain tensor is; or zeros if that is not known.
   int64_t shape, first, kind, keys;  // of the first element in the storage; dtype and device
   int64_t data, context;           // where in a storage its memory and what owns that are
-  uint64_t kind_mask, odd;  // bits of "kind" that count; of "keys" that mean no plain numbers
+  uint64_t kind_mask, odd;         // bits of "kind" that count; of "keys" that are not plain
   int64_t tag;  // where a dictionary has a number that no other state of it has had, or 0
 
   Tensor tensor(Object object) const { return (Tensor)((char*)object + offset); }

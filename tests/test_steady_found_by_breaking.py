@@ -268,6 +268,7 @@ def test_a_gradient_of_a_class_with_operations(regular: bool) -> None:
 
 
 def test_a_mode_in_which_tensors_have_no_memory() -> None:
+    """Eager fails there as well, when it has counted a parameter."""
 
     def fake(opt: Any) -> None:
         give(opt, 100)
