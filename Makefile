@@ -67,13 +67,13 @@ gpu:
 	-timeout 30 $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
 	mkdir -p build/bench
 	failed=; \
-	timeout -s INT 200 $(PYTHON) -m pytest -q --tb=short -m gpu $(XDIST) > build/bench/gpu-tests.txt 2>&1 \
+	timeout -s INT 240 $(PYTHON) -m pytest -q --tb=short -m gpu $(XDIST) > build/bench/gpu-tests.txt 2>&1 \
 	    || failed="$$failed tests"; tail -n 40 build/bench/gpu-tests.txt; $(SAVE); \
 	timeout 100 $(GPU_BENCH) \
 	    step --name step-bfloat16 --dtype bfloat16 --shapes gpt2 $(GPU_METHOD) \
 	    + step --shapes gpt2 2000x32x32 1x1000 resnet50 llama-1b $(GPU_METHOD) --minutes 1.0 \
 	    || failed="$$failed step"; $(SAVE); \
-	timeout 50 $(GPU_BENCH) train --device cuda --no-plots \
+	timeout 75 $(GPU_BENCH) train --device cuda --no-plots \
 	    --rows torch "torch, fused" compileclip "compileclip, eager" \
 	    + train --name train-6-layers --device cuda --no-plots --layers 6 --width 256 --block 128 \
 	    --batch 8 --steps 300 --rows torch "torch, fused" compileclip \

@@ -79,7 +79,10 @@ class Lookup:
             if not _are_alike(self._seen[i], self._look(i)):
                 raise StaleError
             alike &= grad.stride() == stride
-            addresses[i] = grads[places[i]] = grad.data_ptr()
+            address = grad.data_ptr()
+            if address and address in self._seen[i]:
+                raise StaleError  # it is what the step writes
+            addresses[i] = grads[places[i]] = address
         return alike
 
     def _look(self, index: int) -> list[Any]:

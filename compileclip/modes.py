@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -27,12 +29,26 @@ if TYPE_CHECKING:
     from compileclip.plan import Copied
 
 
+_alive: weakref.WeakSet[Modes] = weakref.WeakSet()
+
+
+def _unlock() -> None:
+    """In a forked process no other thread goes on with a step."""
+    for modes in list(_alive):
+        modes.lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock)
+
+
 class Modes:
     """What an optimizer steps with.
 
     Attributes:
         compiled: the step of mode ``inductor``, once it was asked for.
         kernels: the step of mode ``multi_tensor``, likewise.
+        lock: held during a step, in which other threads may run.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -40,6 +56,8 @@ class Modes:
         self.kernels: MultiTensorStep | None = None
         self._optimizer = optimizer
         self._checked = False  # the parameters
+        self.lock = threading.RLock()
+        _alive.add(self)
 
     def step_again(self, settings: ClipSettings, scaler: Scaler | None) -> Tensor | None:
         """Step as in the last step, quickly; see ``MultiTensorStep.step_again``."""
@@ -154,12 +172,14 @@ class Modes:
         report: Callable[[Tensor], None],
     ) -> None:
         assert self.kernels is not None
+        held = self.kernels.grads()
         norm = self.kernels.norm(settings, copies, scaler)
         report(norm.total)
         if type(norm.total) is Tensor:
             left = self.kernels.run(settings, copies, norm, scaler)
         else:  # of a class that has operations of its own: it may have no memory to read
             left = eager.params_with_grad(self._optimizer)
+        del held
         if left:
             self._warn(settings)
             grads = Gradients(scaler.grad_scale, scaler.found_inf, left)

@@ -14,16 +14,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from compileclip import eager, foreign, reach, serving, traced
-from compileclip.assemble import Kind
 from compileclip.buckets import StaleError
 from compileclip.eager import Scaler
 from compileclip.functional import get_total_norm
 from compileclip.kernels import DeviceKernels
+from compileclip.kinds import Kinds, counts
 from compileclip.launching import keep, kernels_of, launch
 from compileclip.lowering import UnsupportedError, targets
 from compileclip.lowering.native import CompilerError
 from compileclip.lowering.target import Ended
-from compileclip.passes.insert_norm_and_scale import InsertNormAndScale
 from compileclip.patience import Patience
 from compileclip.plan import Copied, Plan, staying
 from compileclip.settings import ClipSettings
@@ -54,7 +53,7 @@ class MultiTensorStep:
         self._works: list[Work] = []
         self._for_decisions = False  # whether the plan lets the device decide
         self._filled: float | None = None  # the bound that kernels find
-        self._insert: InsertNormAndScale | None = None
+        self._kinds = Kinds()
         self._is_foreign = not eager.is_torchs_own(optimizer)
         self._scalars = foreign.scalars if self._is_foreign else scalars_of
         self._patience = Patience()
@@ -208,6 +207,12 @@ class MultiTensorStep:
         grads = [p.grad for p in plan.params if p.grad is not None]
         return StepNorm(Ended(get_total_norm(grads, settings.norm_type)), scaler)
 
+    def grads(self) -> list[Tensor | None]:
+        """Gradients that other threads must not free by putting others in their place meanwhile."""
+        if self._plan is None or not self._waits:
+            return []  # a device's memory is not used for anything else before
+        return [p.grad for p in self._plan.params]
+
     def run(
         self, settings: ClipSettings, copies: Sequence[Copied], norm: StepNorm, scaler: Scaler
     ) -> list[Tensor]:
@@ -262,13 +267,6 @@ class MultiTensorStep:
                 place.max_norm.fill_(max_norm)
             self._filled = max_norm
 
-    def _pass(self, settings: ClipSettings) -> InsertNormAndScale:
-        clip = settings.max_norm is not None
-        if self._insert is None or self._insert.clip != clip:  # the rest of settings never changes
-            write = settings.write_grads is True
-            self._insert = InsertNormAndScale(settings.norm_type, clip, write)
-        return self._insert
-
     def _refuse(self, reason: Exception) -> None:
         if isinstance(reason, CompilerError):
             self.refusal = CannotCompileError(reason.cause, reason.remedy)
@@ -282,8 +280,9 @@ class MultiTensorStep:
         saved = [dict(work.bucket.values) for work in self._works]
         try:
             scalars = self._scalars(self._optimizer, self._works, saved)
-            kind = self._kind(settings, norm.total, scaler)
-            stepped = self._counts(settings, kind, norm, scaler)
+            decides = self.decides and not self.refused and settings.nonfinite != "raise"
+            kind = self._kinds.of(settings, norm.total.dtype, scaler, decides)
+            stepped = counts(settings, kind, norm, scaler)
             known = all(work.place.knows(work, kind) for work in self._works)
             if stepped:
                 kernels = kernels_of(self._works, kind, scalars, saved, norm, scaler)
@@ -312,21 +311,3 @@ class MultiTensorStep:
             last = Last(self._optimizer, settings, scaler, *places, norm, launches)
             self.steady = steady_step(last, captured=bool(self._captured))
         return True
-
-    def _counts(self, settings: ClipSettings, kind: Kind, norm: StepNorm, scaler: Scaler) -> bool:
-        """Whether the step counts, as far as the host is to know."""
-        if kind.finite or kind.found_inf:  # the kernels decide
-            return True
-        if settings.nonfinite == "propagate" and scaler.found_inf is None:
-            return True
-        return eager.counts(settings, scaler.found_inf, norm.value())
-
-    def _kind(self, settings: ClipSettings, norm: Tensor, scaler: Scaler) -> Kind:
-        decides = self.decides and not self.refused and settings.nonfinite != "raise"
-        return Kind(
-            self._pass(settings),
-            norm.dtype,
-            scaler.grad_scale is not None,
-            decides and scaler.found_inf is not None,
-            decides and settings.nonfinite == "skip",
-        )

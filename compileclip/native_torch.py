@@ -23,16 +23,20 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from compileclip import native_torch_source, steady_step_source
+from compileclip import native_torch_source, steady_step_source, surroundings_source
 from compileclip.lowering import UnsupportedError, driver_source, list_source, native
 from compileclip.tensor_layout import layout_of_tensors, tag_of_dicts
 
 SOURCE = "".join(
     module.SOURCE
-    for module in (native_torch_source, driver_source, steady_step_source, list_source)
+    for module in (
+        *(native_torch_source, surroundings_source),
+        *(driver_source, steady_step_source, list_source),
+    )
 )
 
 _SHIM = ("data_ptr", "dim", "sizes", "strides", "dtype", "layout", "device_type", "device_index")
+_HOLDERS = "new_tensor_handle", "delete_tensor_object"
 _PYTHON = ("Dict_GetItemWithError", "List_GetItem", "List_Size", "Dict_Next")
 _GRAD = "_ZNK3c1010TensorImpl4gradEv"  # at::Tensor const& c10::TensorImpl::grad() const
 
@@ -73,6 +77,7 @@ class Library:
             shim, c10 = (ctypes.CDLL(str(folder / f"lib{k}.so")) for k in ("torch_cpu", "c10"))
             functions = [getattr(shim, f"aoti_torch_get_{name}") for name in _SHIM]
             functions.append(getattr(c10, _GRAD))
+            self.holders = [_entry(getattr(shim, f"aoti_torch_{name}")) for name in _HOLDERS]
         except (OSError, AttributeError) as error:
             raise UnsupportedError(f"torch {torch.__version__}: {error}") from error
         functions += [getattr(ctypes.pythonapi, f"Py{name}") for name in _PYTHON]

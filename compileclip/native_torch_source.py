@@ -197,11 +197,13 @@ static Status gather(const Torch& torch, const Bucket& bucket, int64_t i) {
   if (!is_param(torch, bucket, i, shape)) return STALE;
   uint64_t address;
   const Status layout = find_grad(torch, bucket, i, shape, &address);
-  if (layout == STALE) return STALE;
+  // What is written before the last time that it is read must be no gradient.
+  if (layout == STALE || (address && address == bucket.table[i])) return STALE;
   bucket.table[bucket.grad_row * n + i] = bucket.grads[bucket.places[i]] = address;
   for (int64_t k = 0; k < bucket.names; ++k) {
     if (bucket.rows[k] < 0) continue;
     const uint64_t expected = bucket.table[bucket.rows[k] * n + i];
+    if (address && address == expected) return STALE;
     if (!is_at(torch, bucket.kept[k * n + i], bucket.plain[2 + k], expected)) return STALE;
   }
   return layout;
@@ -231,6 +233,7 @@ static int gather(const Torch& torch, const Bucket& bucket, int64_t first, int64
 extern "C" int compileclip_gather(const Torch* torch, const Bucket* bucket, int threads) {
   const int64_t n = bucket->n, blocks = (n + BLOCK - 1) / BLOCK;
   int status = SAME;
+  if (!torch->shape) threads = 1;  // a tensor may have its shape from Python, and wait for its lock
 #pragma omp parallel num_threads(threads) if (threads > 1 && blocks > 1) reduction(| : status)
   {
 // Python is for the thread that called, which holds its lock.
@@ -263,49 +266,5 @@ extern "C" int compileclip_note_written(const Torch* torch, const Bucket* bucket
     if (grads) note_written(*torch, *torch->grad_of(bucket->params[i]));
   }
   return 1;
-}
-
-struct Objects {
-  int64_t n;
-  const Object* objects;
-};
-
-// The parameters and state dictionaries of an optimizer.
-struct Optimizer {
-  int64_t groups, params_key;   // of a group's parameters, a string
-  const Objects* params;        // of each group
-  Objects owners, states;       // keys and values of the optimizer's state
-  Objects without, refused;     // no gradient; a gradient, but in no bucket
-};
-
-static bool is_same(const Torch& torch, Object list, const Objects& before) {
-  if (torch.length(list) != before.n) return false;
-  for (int64_t i = 0; i < before.n; ++i)
-    if (torch.get_entry(list, i) != before.objects[i]) return false;
-  return true;
-}
-
-static bool have_grad(const Torch& torch, const Objects& params, bool expected) {
-  for (int64_t i = 0; i < params.n; ++i)
-    if ((*torch.grad_of(params.objects[i]) != torch.undefined) != expected) return false;
-  return true;
-}
-
-// Whether an optimizer's groups, state and missing gradients are what they were.
-extern "C" int compileclip_same(const Torch* torch, const Optimizer* before, Object groups,
-                                Object state) {
-  if (torch->length(groups) != before->groups) return 0;
-  for (int64_t i = 0; i < before->groups; ++i) {
-    const Object list = torch->get_item(torch->get_entry(groups, i), (Object)before->params_key);
-    if (!list || !is_same(*torch, list, before->params[i])) return 0;
-  }
-  Object key, value;
-  int64_t position = 0, i = 0;
-  for (; torch->next(state, &position, &key, &value); ++i)
-    if (i >= before->owners.n || key != before->owners.objects[i] ||
-        value != before->states.objects[i])
-      return 0;
-  return i == before->owners.n && have_grad(*torch, before->without, false) &&
-         have_grad(*torch, before->refused, true);
 }
 """

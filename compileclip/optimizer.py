@@ -137,11 +137,12 @@ class ClippedOptimizer(Delegate):
         given = self.__dict__
         scaled = "grad_scale" in given or "found_inf" in given
         scaler = Scaler(given.get("grad_scale"), given.get("found_inf")) if scaled else None
-        norm = self._modes.step_again(self._settings, scaler)
-        if norm is None:
-            self._step(scaler or Scaler(), closure)
-        else:
-            self._stand_in.total_norm = norm
+        with self._modes.lock:
+            norm = self._modes.step_again(self._settings, scaler)
+            if norm is None:
+                self._step(scaler or Scaler(), closure)
+            else:
+                self._stand_in.total_norm = norm
         # A scheduler made before wrapping watches the wrapped optimizer's step through this.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         norms = self._clipped_before

@@ -91,6 +91,9 @@ def _kind(p: Tensor, state: dict[str, Any], group: int, known: Mapping[int, floa
         raise NotServedError("a gradient is sparse or no plain tensor")
     if any(t.is_inference() for t in (p, grad, *state.values()) if isinstance(t, Tensor)):
         raise NotServedError("a parameter, gradient or state was made in torch.inference_mode()")
+    kept = [v for v in state.values() if isinstance(v, Tensor) and v.layout == torch.strided]
+    if grad.numel() and any(grad.data_ptr() == t.data_ptr() for t in (p, *kept)):
+        raise NotServedError("a gradient is its parameter or state, which a step writes meanwhile")
     negated = p.is_neg() or any(v.is_neg() for v in state.values() if isinstance(v, Tensor))
     if negated or (grad.is_neg() and grad.stride() == p.stride()):  # else it is copied
         raise NotServedError("a parameter, gradient or state is to be negated when it is read")

@@ -20,7 +20,7 @@ from compileclip.lowering import driver
 from compileclip.lowering.driver import Driver, Entry, Launch
 from compileclip.lowering.norm import native_norm
 from compileclip.lowering.plain import CODES
-from compileclip.native_torch import address
+from compileclip.native_torch import address, library
 from compileclip.settings import ClipSettings
 
 if TYPE_CHECKING:
@@ -151,7 +151,6 @@ class _Parts:
             address(self.given),
             *(last.settings.write_grads is True, captured),
             *device,
-            0,
         )
         found = {id(t): t for each in _launches(last) for t in each.args if isinstance(t, Tensor)}
         for other in (last.total, last.scaler.grad_scale, last.scaler.found_inf):
@@ -204,7 +203,7 @@ def _on_device(parts: _Parts, on_device: Driver | None) -> list[int] | None:
         scalars = [parts.scalar(index, i) for i in range(count)]
         for each, numbers in zip(launches, (scalars, []), strict=False):
             found.append(_launch(parts, each, entries[id(each)], places, numbers))
-    return [on_device.native, *parts.items(found), *[0] * 6]
+    return [on_device.native, *parts.items(found), *[0] * 9]
 
 
 def _launch(
@@ -229,13 +228,17 @@ def _on_host(parts: _Parts) -> list[int] | None:
     lists = map(address, (plan.grads, plan.sizes, plan.first_chunk))
     (dtype,) = plan.dtypes
     is_max = last.settings.norm_type == math.inf
-    struct = (norm, CODES[last.total.dtype], len(plan.sizes), *lists, CODES[dtype], is_max)
+    taken = (norm, CODES[last.total.dtype], len(plan.sizes), *lists, CODES[dtype], is_max)
     updates = [_update(parts, index) for index in reversed(range(len(last.works)))]
+    # What is soon over is not worth it: a gradient is held in the time of some hundred elements.
+    run = sum(plan.sizes) >= max(_LEAST, _LEAST_EACH * len(plan.sizes))
     python = [ctypes.cast(f, ctypes.c_void_p).value or 0 for f in _PYTHON]
+    others = run, *python, *library().holders
     only_finite = last.settings.nonfinite != "propagate"
-    return [0, 0, 0, parts.keep(struct), *parts.items(updates), only_finite, *python]
+    return [0, 0, 0, parts.keep(taken), *parts.items(updates), only_finite, *others]
 
 
+_LEAST, _LEAST_EACH = 1 << 16, 1 << 12  # elements, for other threads to run
 _PYTHON = (ctypes.pythonapi.PyEval_SaveThread, ctypes.pythonapi.PyEval_RestoreThread)
 
 

@@ -50,9 +50,13 @@ struct Update {
   int64_t norm;  // which of the values is the norm's address, or -1
 };
 
-struct Python {
-  void* (*save_thread)();  // lets other threads run
+// Lets other threads of Python run, which may let go of gradients meanwhile; so these are held.
+struct Others {
+  int64_t run;  // whether they are to
+  void* (*save_thread)();
   void (*restore_thread)(void*);
+  int32_t (*hold)(Tensor, Tensor*);
+  int32_t (*let_go)(Tensor);
 };
 
 template <class T>
@@ -75,8 +79,7 @@ struct Steady {
   const Norm* norm;  // from here on: on a CPU
   Array<const Update> updates;
   int64_t only_finite;
-  Python python;
-  int64_t is_running;  // in a thread that lets others run
+  Others others;
 };
 
 enum Outcome { DONE, OTHERWISE };  // else an error of the driver's, negated
@@ -157,11 +160,35 @@ static bool is_finite(const Norm& norm, const void* total) {
   return norm.out_dtype ? isfinite(*(const double*)total) : isfinite(*(const float*)total);
 }
 
-static int on_host(Steady& steady, int threads) {
+struct Held {
+  const Others& others;
+  Tensor* tensors = nullptr;
+  int64_t n = 0;
+
+  explicit Held(const Others& given) : others(given) {}
+  bool hold(const Torch& torch, const Steady& steady) {
+    int64_t all = 0;
+    for (const Bucket* bucket : steady.buckets) all += bucket->n;
+    tensors = (Tensor*)malloc(all * sizeof(Tensor));
+    if (!tensors) return false;
+    for (const Bucket* bucket : steady.buckets)
+      for (int64_t i = 0; i < bucket->n; ++i)
+        if (others.hold(torch.grad_of(bucket->params[i]), &tensors[n++])) return --n, false;
+    return true;
+  }
+  ~Held() {
+    while (n > 0) others.let_go(tensors[--n]);
+    free(tensors);
+  }
+};
+
+static int on_host(const Torch& torch, const Steady& steady, int threads) {
   const Norm& norm = *steady.norm;
-  steady.is_running = 1;
+  const Others& others = steady.others;
   void* const total = (void*)steady.given[0];
-  void* const thread = steady.python.save_thread();
+  Held held(others);
+  if (others.run && !held.hold(torch, steady)) return OTHERWISE;
+  void* const thread = others.run ? others.save_thread() : nullptr;
   int status = norm.run(total, int(norm.out_dtype), norm.n, norm.pointers, norm.sizes,
                         norm.first_chunk, nullptr, int(norm.dtype), int(norm.max), threads);
   if (!status && steady.only_finite) status = !is_finite(norm, total);
@@ -171,8 +198,7 @@ static int on_host(Steady& steady, int threads) {
       each.run(each.table, each.n, each.sizes, each.first_chunk, each.scalars, each.values,
                threads);
     }
-  steady.python.restore_thread(thread);
-  steady.is_running = 0;
+  if (others.run) others.restore_thread(thread);
   return status ? OTHERWISE : DONE;
 }
 
@@ -186,17 +212,17 @@ static void write(const Count& count) {
 }
 
 // Step, if all is as it was in the last step. "norm", "scale" and "verdict" are tensors.
-extern "C" int compileclip_step(const Torch* torch, Steady* steady, Object groups, Object state,
-                                Object norm, Object scale, Object verdict, void* stream,
-                                int threads) {
+extern "C" int compileclip_step(const Torch* torch, const Steady* steady, Object groups,
+                                Object state, Object norm, Object scale, Object verdict,
+                                void* stream, int threads) {
   if (!may_run() || (steady->driver && steady->driver->pid != getpid())) return OTHERWISE;
-  if (steady->is_running) return OTHERWISE;  // and reads what is given
   const Object given[] = {norm, scale, verdict};
   for (int k = 0; k < 3; ++k)
     if (torch->data_ptr(torch->tensor(given[k]), &steady->given[k])) return OTHERWISE;
   if (!is_as_before(*torch, *steady, groups, state, threads)) return OTHERWISE;
   if (steady->writes_grads && have_moved(*steady)) return OTHERWISE;
-  const int outcome = steady->driver ? on_device(*steady, stream) : on_host(*steady, threads);
+  const int outcome =
+      steady->driver ? on_device(*steady, stream) : on_host(*torch, *steady, threads);
   if (outcome != DONE) return outcome;
   for (const Bucket* bucket : steady->buckets)
     compileclip_note_written(torch, bucket, int(steady->writes_grads));

@@ -64,13 +64,13 @@ def test_nothing_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
-def test_the_recipe_is_a_script_of_eight_minutes() -> None:
+def test_the_recipe_is_a_script_of_nine_minutes() -> None:
     printed = ["make", "--no-print-directory", "-n", "gpu"]
     recipe = subprocess.run(printed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     subprocess.run(["bash", "-n"], input=recipe, text=True, check=True)
     limits = [int(seconds) for seconds in re.findall(r"timeout (?:-s INT )?(\d+) python", recipe)]
     assert len(limits) == len(re.findall(r"python3? -m (?:bench|pytest|pip)", recipe)) == 6
-    assert sum(limits) <= 480
+    assert sum(limits) <= 540
     last = [line for line in recipe.splitlines() if "-m" in line][-1]
     assert "bench.digest build/bench" in last
 

@@ -162,19 +162,16 @@ def test_an_interrupt_right_after_the_native_call() -> None:
     assert_as_eager(interrupt)
 
 
-def test_a_step_while_another_thread_is_in_the_native_call() -> None:
-    """That one reads where this one would put its norm's address."""
-    opt = wrapped()
-    steps(opt, 0)
-    steady = opt._modes.kernels.steady
-    steady._native.held[-1][-1] = 1  # is_running
-    before = [p.detach().clone() for p in params_of(opt)]
-    give(opt, 100)
-    assert steady.run(opt._settings, None) is None
-    assert all(map(torch.equal, before, params_of(opt)))
-    opt.step()
-    assert opt._modes.kernels.steady is not steady
-    assert counts(opt)[0] == STEPS + 1
+@pytest.mark.parametrize("own", ["param", "exp_avg", "exp_avg_sq"])
+def test_a_gradient_that_a_step_writes_meanwhile(own: str) -> None:
+    def change(opt: Any) -> None:
+        for seed in range(3):
+            give(opt, seed)
+            p = params_of(opt)[0]
+            p.grad = p.detach() if own == "param" else opt.state[p][own]
+            opt.step()
+
+    assert_as_eager(change)
 
 
 def _set(what: str, change: Callable[[Any], Any]) -> Callable[[Any], None]:

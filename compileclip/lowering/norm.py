@@ -117,7 +117,7 @@ def native_norm(dtypes: Collection[torch.dtype], order: float) -> int | None:
         return None
     import ctypes
 
-    return ctypes.cast(kernel, ctypes.c_void_p).value  # type: ignore[arg-type]
+    return ctypes.cast(kernel, ctypes.c_void_p).value  # type: ignore[arg-type]  # a function of ctypes
 
 
 def first_chunks(sizes: array[int]) -> array[int]:
