@@ -17,7 +17,7 @@ import compileclip
 pytest.importorskip("triton")
 from stub_driver import STREAM, Copied, Launched, Stub, stubbed
 
-from compileclip.lowering import gpu, gpu_list
+from compileclip.lowering import gpu, gpu_list, triton_norm
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
 
@@ -99,6 +99,7 @@ def test_launches_are_tritons_own(call: str, dtype: torch.dtype, order: float, s
 
 
 def test_the_lists(stub: Stub) -> None:
+    assert gpu_list.CHUNK == triton_norm.CHUNK
     ps = params()
     for _ in range(2):
         stub.reset()
