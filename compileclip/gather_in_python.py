@@ -80,7 +80,7 @@ class Lookup:
                 raise StaleError
             alike &= grad.stride() == stride
             address = grad.data_ptr()
-            if address and address in self._seen[i]:
+            if address and any(type(x) is int and x == address for x in self._seen[i]):
                 raise StaleError  # it is what the step writes
             addresses[i] = grads[places[i]] = address
         return alike

@@ -115,3 +115,11 @@ def test_a_gradient_in_another_order_is_copied(opt: Any) -> None:
     opt.step()
     assert opt._modes.kernels._plan is plan
     assert addresses(opt)[0] != expected(opt)[0]
+
+
+def test_a_gradient_that_a_step_writes_meanwhile(opt: Any) -> None:
+    give(opt)
+    p = opt.param_groups[0]["params"][0]
+    p.grad = opt.state[p]["exp_avg"]
+    with pytest.warns(FallbackWarning, match="a gradient is its parameter or state"):
+        opt.step()
