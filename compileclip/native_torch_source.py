@@ -80,11 +80,11 @@ static void prefetch(const void* object, int64_t lines) {
 
 static void prefetch(const Torch& torch, const Bucket& bucket, int64_t now, int64_t end) {
   const int64_t count = bucket.hints_each;
-  if (now + 3 < end)
+  if (now + 6 < end)
     for (int64_t k = 0; k < count; ++k)
-      prefetch(bucket.hints[(now + 3) * count + k], bucket.lines[k]);
-  if (now + 2 < end) prefetch(*torch.grad_of(bucket.params[now + 2]), TENSOR);
-  if (now + 1 < end) prefetch(torch.storage_of(*torch.grad_of(bucket.params[now + 1])), STORAGE);
+      prefetch(bucket.hints[(now + 6) * count + k], bucket.lines[k]);
+  if (now + 4 < end) prefetch(*torch.grad_of(bucket.params[now + 4]), TENSOR);
+  if (now + 2 < end) prefetch(torch.storage_of(*torch.grad_of(bucket.params[now + 2])), STORAGE);
 }
 
 static void prefetch_state(const Torch& torch, const Bucket& bucket, int64_t now) {
