@@ -204,11 +204,11 @@ static int on_host(const Torch& torch, const Steady& steady, int threads) {
 
 static void write(const Count& count) {
   if (!count.data) return;
-  for (int64_t i = 0; i < count.n; ++i)
-    if (count.is_double)
-      ((double*)count.data)[i] = *count.value;
-    else
-      ((float*)count.data)[i] = float(*count.value);
+  const double value = *count.value;
+  if (count.is_double)
+    for (int64_t i = 0; i < count.n; ++i) ((double*)count.data)[i] = value;
+  else
+    for (int64_t i = 0; i < count.n; ++i) ((float*)count.data)[i] = float(value);
 }
 
 // Step, if all is as it was in the last step. "norm", "scale" and "verdict" are tensors.
