@@ -57,6 +57,7 @@ bench: $(VENV)/ready
 	    --compile-tensors 0 $(TOGETHER) --no-first-steps
 
 # No virtual environment: on a GPU machine the torch that fits its driver is installed already.
+# Sixteen tests at a time have no core for more than one thread each.
 # What fails, or takes too long, does not keep the rest from running. After each part, all results
 # so far are packed into the folder OUT of the environment. The last that is printed is a short table.
 SAVE = if [ -n "$$OUT" ]; then mkdir -p "$$OUT" && tar czf "$$OUT/bench.tar.gz" -C build bench; fi
@@ -67,7 +68,7 @@ gpu:
 	-timeout 30 $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
 	mkdir -p build/bench
 	failed=; \
-	timeout -s INT 240 $(PYTHON) -m pytest -q --tb=short -m gpu $(XDIST) > build/bench/gpu-tests.txt 2>&1 \
+	OMP_NUM_THREADS=1 timeout -s INT 240 $(PYTHON) -m pytest -q --tb=short -m gpu $(XDIST) > build/bench/gpu-tests.txt 2>&1 \
 	    || failed="$$failed tests"; tail -n 40 build/bench/gpu-tests.txt; $(SAVE); \
 	timeout 100 $(GPU_BENCH) \
 	    step --name step-bfloat16 --dtype bfloat16 --shapes gpt2 $(GPU_METHOD) \

@@ -7,13 +7,14 @@ torch 2.11 to 2.13: ``compile_fx``, and ``_TorchCompileInductorWrapper``, which 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+
+from compileclip.lowering import is_disabled
 
 
 def compileclip(
@@ -39,7 +40,7 @@ def compileclip(
     Raises:
         RuntimeError: an unknown mode or option, with torch's own message.
     """
-    if os.environ.get("COMPILECLIP_DISABLE") == "1":
+    if is_disabled():
         return module.forward
     from torch._inductor.compile_fx import compile_fx
 

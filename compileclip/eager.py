@@ -131,14 +131,20 @@ def _update(optimizer: Optimizer, settings: ClipSettings, grads: Gradients, norm
 
 def takes_grad_scale(optimizer: Optimizer) -> bool:
     """Whether all groups run fused kernels of torch's own, which honour ``grad_scale``."""
-    return is_torchs_own(optimizer) and all(g.get("fused") for g in optimizer.param_groups)
+    for group in optimizer.param_groups:
+        if not group.get("fused"):
+            return False
+    return is_torchs_own(optimizer)
 
 
 def is_torchs_own(optimizer: Optimizer) -> bool:
     """Whether the step is torch's, and so known to treat each parameter by itself."""
-    functions = (getattr(type(optimizer), name, None) for name in ("step", "_init_group"))
-    modules = (getattr(f, "__module__", None) for f in functions if f is not None)
-    return all(str(module).startswith("torch.optim.") for module in modules)
+    for name in ("step", "_init_group"):
+        function = getattr(type(optimizer), name, None)
+        module = str(getattr(function, "__module__", None))
+        if function is not None and not module.startswith("torch.optim."):
+            return False
+    return True
 
 
 def may_step(optimizer: Optimizer, settings: ClipSettings, grads: Gradients, norm: Tensor) -> bool:

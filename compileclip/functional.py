@@ -63,8 +63,8 @@ def get_total_norm(
     norm_type = _check_norm_type(norm_type)
     if not tensors:
         return torch.tensor(0.0)
-    # What the native kernel serves is plain, dense and on a CPU: it needs no further look.
-    total = None if torch.compiler.is_compiling() else native_norm.total_norm(tensors, norm_type)
+    # What native code serves is plain and dense: it needs no further look.
+    total = None if torch.compiler.is_compiling() else _natively(tensors, norm_type)
     if total is None:
         _check_foreach(tensors, foreach)
         _check_layouts(tensors, norm_type)
@@ -97,7 +97,12 @@ def clip_grads_with_norm_(
     Raises:
         RuntimeError: ``foreach=True`` on a device without foreach kernels.
     """
-    _clip(_grads(parameters), float(max_norm), total_norm, foreach)
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    max_norm = float(max_norm)
+    quick = foreach is None and not torch.compiler.is_compiling()
+    if quick and gpu.on_gradients(parameters, None, "clip", max_norm, total_norm) is not None:
+        return
+    _clip(_grads(parameters), max_norm, total_norm, foreach)
 
 
 @torch.no_grad()
@@ -138,7 +143,7 @@ def clip_grad_norm_(
             )
     norm_type, max_norm = _check_norm_type(norm_type), float(max_norm)
     if foreach is None and not error_if_nonfinite and not torch.compiler.is_compiling():
-        total_norm = gpu.clip_grad_norm_(parameters, max_norm, norm_type)
+        total_norm = gpu.on_gradients(parameters, norm_type, "clip", max_norm)
         if total_norm is not None:
             return total_norm
     grads = _grads(parameters)
@@ -166,6 +171,9 @@ def clip_grad_value_(
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     clip_value = float(clip_value)
+    quick = foreach is None and not torch.compiler.is_compiling()
+    if quick and gpu.on_gradients(parameters, None, "clamp", clip_value) is not None:
+        return
     for p in parameters:
         if p.grad is not None and p.grad.layout == torch.sparse_coo:
             p.grad = p.grad.coalesce()
@@ -207,6 +215,13 @@ def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     return module is not None and bool(isinstance(tensor, module.DTensor))
 
 
+def _natively(tensors: list[Tensor], norm_type: float) -> Tensor | None:
+    """The norm of plain tensors, by native code of their device; None where it does not serve."""
+    if tensors[0].is_cpu:
+        return native_norm.total_norm(tensors, norm_type)
+    return gpu.total_norm_again(tensors, norm_type)
+
+
 @torch.no_grad()
 def _total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     if any(map(is_sharded, tensors)):
@@ -242,8 +257,7 @@ def _sharded_total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     return total.to(reference.norm_dtype(tensors))
 
 
-def _grads(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    parameters = [parameters] if isinstance(parameters, Tensor) else parameters
+def _grads(parameters: Iterable[Tensor]) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 
 

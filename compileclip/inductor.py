@@ -8,7 +8,6 @@ wrappers, ``meta["grapharg"]`` of Dynamo's placeholders.
 
 from __future__ import annotations
 
-import os
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from torch.optim import Optimizer
 from compileclip import traced
 from compileclip.fallback import warn_fallback
 from compileclip.functional import is_sharded
+from compileclip.lowering import is_disabled
 from compileclip.ops import NotRewrittenError
 from compileclip.settings import ClipSettings
 from compileclip.traced import CannotCompileError, as_refusal
@@ -56,7 +56,7 @@ class CompiledStep:
         Returns:
             The total norm; or None where the step could not be compiled, and nothing has changed.
         """
-        if self.refusal is not None or os.environ.get("COMPILECLIP_DISABLE") == "1":
+        if self.refusal is not None or is_disabled():
             return None
         self._params = params
         try:

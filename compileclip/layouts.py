@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,13 +16,19 @@ from torch.optim import Optimizer
 
 from compileclip.lowering.plain import is_dense
 
+if TYPE_CHECKING:
+    from compileclip.native_torch import Library
+
 
 def are_alike(optimizer: Optimizer, params: Sequence[Tensor]) -> bool:
     """Whether each parameter, its gradient and its state are, where a fused kernel needs it.
 
     It takes elements in the order of memory, so that others would be updated by each other's.
     """
-    if not any(group.get("fused") for group in optimizer.param_groups):
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            break
+    else:
         return True
     if _are_contiguous(optimizer, params):
         return True
@@ -37,20 +44,23 @@ def are_alike(optimizer: Optimizer, params: Sequence[Tensor]) -> bool:
 
 def _are_contiguous(optimizer: Optimizer, params: Sequence[Tensor]) -> bool:
     """Whether all is known to be contiguous, by a look that costs a tenth of Python's."""
-    from compileclip.native_torch import address, has_library, library
-
-    state = optimizer.state
-    plain = type(params) is list and set(map(type, state.values())) <= {dict}
-    if not plain or not params or not has_library():
+    native = _library()
+    if native is None or type(params) is not list:
         return False
-    native = library()
-    known = array("q", [*_TYPES, native.plain(params[0])[1]])
-    found = native.contiguous(native.torch, address(known), params, len(params), state)
-    return bool(found)
+    state = optimizer.state
+    return bool(native.contiguous(native.torch, _TYPES_AT, params, len(params), state))
 
 
-# Of which objects may be: tensors, and what may be in the state besides.
-_TYPES = [id(kind) for kind in (Tensor, Parameter, float, int, type(None))]
+@functools.cache
+def _library() -> Library | None:
+    from compileclip.native_torch import has_library, library  # it may compile that
+
+    return library() if has_library() else None
+
+
+# What parameters and state may be: tensors, dictionaries of them, and what has no layout.
+_TYPES = array("Q", [id(kind) for kind in (Tensor, Parameter, float, int, type(None), dict)])
+_TYPES_AT = _TYPES.buffer_info()[0]
 
 
 def _is_alike(param: Tensor, state: Mapping[str, Any]) -> bool:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from compileclip import eager
 from compileclip.eager import Gradients, Scaler
 from compileclip.fallback import warn_fallback
-from compileclip.lowering import why_no_kernels
+from compileclip.lowering import is_disabled, why_no_kernels
 from compileclip.refusals import check_parameter
 from compileclip.settings import ClipSettings
 from compileclip.traced import can_undo
@@ -59,10 +59,6 @@ class Modes:
         self.lock = threading.RLock()
         _alive.add(self)
 
-    def step_again(self, settings: ClipSettings, scaler: Scaler | None) -> Tensor | None:
-        """Step as in the last step, quickly; see ``MultiTensorStep.step_again``."""
-        return None if self.kernels is None else self.kernels.step_again(settings, scaler)
-
     def step(
         self,
         settings: ClipSettings,
@@ -80,7 +76,7 @@ class Modes:
             RuntimeError: ``nonfinite="raise"`` and the norm is not finite, or a gradient lies on
                 another device than its parameter; nothing was changed.
         """
-        kernels = settings.mode in ("auto", "multi_tensor") and not _disabled()
+        kernels = settings.mode in ("auto", "multi_tensor") and not is_disabled()
         if kernels and self._again(settings, scaler, report):
             return
         params = eager.params_with_grad(self._optimizer)
@@ -92,7 +88,7 @@ class Modes:
         if params and kernels:
             self._multi_tensor(settings, grads, report)
             return
-        if params and settings.mode == "inductor" and not _disabled():
+        if params and settings.mode == "inductor" and not is_disabled():
             bare = scaler.grad_scale is None and scaler.found_inf is None
             if bare and self._inductor(settings, grads, report):
                 return
@@ -107,7 +103,7 @@ class Modes:
 
     def taken(self, settings: ClipSettings, param: Tensor) -> str:
         """The mode that ``param`` is stepped with, as far as is known before the first step."""
-        if settings.mode == "eager" or _disabled():
+        if settings.mode == "eager" or is_disabled():
             return "eager"
         if settings.mode == "inductor":
             refused = self.compiled is not None and self.compiled.refusal is not None
@@ -127,7 +123,7 @@ class Modes:
         """Why not all parameters are stepped with in a faster mode, or None."""
         if settings.mode == "eager":
             return 'mode="eager" was asked for'
-        if _disabled():
+        if is_disabled():
             return "COMPILECLIP_DISABLE=1 is set"
         if settings.mode != "inductor" and self.kernels is None:
             params = (p for group in self._optimizer.param_groups for p in group["params"])
@@ -224,7 +220,3 @@ class Modes:
         if norm is not None:
             report(norm)
         return norm is not None
-
-
-def _disabled() -> bool:
-    return os.environ.get("COMPILECLIP_DISABLE") == "1"

@@ -257,7 +257,7 @@ class MultiTensorStep:
             self.set_bound(settings.max_norm)
         norm = self.steady.run(settings, scaler)
         if norm is not None:
-            self._patience.note_step()
+            self._patience.steps += 1
         return norm
 
     def set_bound(self, max_norm: float | None) -> None:
@@ -305,7 +305,7 @@ class MultiTensorStep:
                 each.grad.copy_(each.copy)
         keep(self._optimizer, self._works)
         self._fresh = []
-        self._patience.note_step()
+        self._patience.steps += 1
         if known and not copies and not self._is_capturing and self._plan is not None:
             places = self._plan, self._works, kernels
             last = Last(self._optimizer, settings, scaler, *places, norm, launches)

@@ -138,7 +138,8 @@ class ClippedOptimizer(Delegate):
         scaled = "grad_scale" in given or "found_inf" in given
         scaler = Scaler(given.get("grad_scale"), given.get("found_inf")) if scaled else None
         with self._modes.lock:
-            norm = self._modes.step_again(self._settings, scaler)
+            kernels = self._modes.kernels
+            norm = None if kernels is None else kernels.step_again(self._settings, scaler)
             if norm is None:
                 self._step(scaler or Scaler(), closure)
             else:

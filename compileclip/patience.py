@@ -8,27 +8,27 @@ REST = (16, 1024)  # steps in eager mode until the next try, at first and at mos
 
 
 class Patience:
-    """With gradients that come and go, as in a mixture of experts, plans are short-lived."""
+    """With gradients that come and go, as in a mixture of experts, plans are short-lived.
+
+    Attributes:
+        steps: that the last plan served, which whoever takes them counts.
+    """
 
     def __init__(self) -> None:
-        self._steps = ENOUGH  # that the last plan served
+        self.steps = ENOUGH
         self._short = self._rest = self._left = 0
-
-    def note_step(self) -> None:
-        """The plan served a step."""
-        self._steps += 1
 
     def may_plan(self) -> bool:
         """Whether to make another plan for this step."""
         may = self._may_plan()
-        self._steps = 0 if may else self._steps
+        self.steps = 0 if may else self.steps
         return may
 
     def _may_plan(self) -> bool:
         if self._left:
             self._left -= 1
             return self._left == 0
-        self._short = self._short + 1 if self._steps < ENOUGH else 0
+        self._short = self._short + 1 if self.steps < ENOUGH else 0
         self._rest = self._rest if self._short else 0
         if self._short <= TRIES:
             return True

@@ -100,9 +100,9 @@ def _total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
 def clip_coef(max_norm: float, total_norm: Tensor) -> Tensor:
     """``min(1, max_norm / (total_norm + 1e-6))``, the factor that ``clip_grads_with_norm_`` takes.
 
-    Written as torch writes it (a reciprocal and a product), for the same bits.
+    Computed as torch does (a reciprocal and a product), for the same bits.
     """
-    return torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
+    return torch.clamp((total_norm + 1e-6).reciprocal() * max_norm, max=1.0)
 
 
 def is_one(scale: Tensor) -> bool:

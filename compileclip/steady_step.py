@@ -22,6 +22,8 @@ from compileclip.settings import ClipSettings
 from compileclip.shadow import ChangedError
 from compileclip.steady_step_parts import COUNTED, Last, Native, native_step
 
+MANY = 512  # parameters worth another thread, as in steady_step_source.py
+
 
 class SteadyStep:
     """The steps after one that was like them.
@@ -39,6 +41,8 @@ class SteadyStep:
         self._dtype, self._device = last.total.dtype, last.total.device
         self._driver = native.driver
         self._stream = 0 if self._driver is None else self._driver.stream()
+        most = max(len(work.bucket.params) for work in last.works)
+        self._is_parallel = self._driver is None or most >= MANY
 
     def run(self, settings: ClipSettings, scaler: Scaler | None) -> Tensor | None:
         """Step.
@@ -73,7 +77,13 @@ class SteadyStep:
             self._follow(stream)
         known = self._library
         tensors = (total, scale, verdict)
-        where = (groups, self._optimizer.state, *tensors, stream, threads())
+        where = (
+            groups,
+            self._optimizer.state,
+            *tensors,
+            stream,
+            threads() if self._is_parallel else 1,
+        )
         try:
             outcome = known.step(known.torch, native.address, *where)
         except SystemError:  # no list any more, or no dictionary

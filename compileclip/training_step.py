@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import types
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -12,6 +11,7 @@ import torch
 
 from compileclip.fallback import warn_fallback
 from compileclip.leaves import HOOKED, UNKNOWN, WITHOUT_GRADIENTS, Leaves, patch_dynamo
+from compileclip.lowering import is_disabled
 from compileclip.traced import REMEDY, CannotCompileError, as_refusal, compiler_errors, mend_dynamo
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -43,7 +43,7 @@ def compile(train_step: F, **kwargs: Any) -> F:
 
     @functools.wraps(train_step)
     def step(*args: Any, **kwargs: Any) -> Any:
-        if os.environ.get("COMPILECLIP_DISABLE") == "1":
+        if is_disabled():
             return train_step(*args, **kwargs)
         result, fallback = ways.run(args, kwargs)
         if fallback is not None:

@@ -177,8 +177,7 @@ def _stub_driver(monkeypatch: Any, stub: Stub) -> None:
     from compileclip.lowering import driver
 
     functions = {name: _entry(getattr(stub.library, name)) for name in driver.FUNCTIONS}
-    made = driver.Driver(0, functions, 0xC0)
-    monkeypatch.setattr(made, "stream", lambda: stub.stream)
+    made = driver.Driver(functions, 0xC0, lambda: stub.stream)
     monkeypatch.setattr(targets.driver, "of", lambda _: made)
 
 

@@ -28,7 +28,7 @@ def test_patience() -> None:
             refused += 1
         assert refused == min(rest, REST[1])
     for _ in range(ENOUGH):
-        patience.note_step()
+        patience.steps += 1
     assert all(patience.may_plan() for _ in range(1 + TRIES))
     assert not patience.may_plan()
 

@@ -43,6 +43,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_fork)
 
 
+def is_disabled() -> bool:
+    """Whether the user has turned all kernels off."""
+    name = "COMPILECLIP_DISABLE"
+    return name in os.environ and os.environ[name] == "1"  # "get" of what is not there is slow
+
+
 def threads() -> int:
     """How many threads a kernel may use: torch's number, and one in a forked process.
 

@@ -17,6 +17,7 @@ import ctypes
 import functools
 import os
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,29 +116,25 @@ class Driver:
 
     Attributes:
         native: ``Driver`` of the native code; valid while this is alive.
+        stream: tells the current stream of the device.
 
     Raises:
         UnsupportedError: there is no such driver, or it lacks a function.
         CompilerError: there is no compiler.
     """
 
-    def __init__(self, index: int, functions: dict[str, int], context: int) -> None:
+    def __init__(self, functions: dict[str, int], context: int, stream: Callable[[], int]) -> None:
         """Keep what native code needs.
 
         Args:
-            index: of the device, as torch counts.
             functions: the addresses of ``FUNCTIONS``, by name.
             context: of the device, as the driver has it.
+            stream: as the attribute.
         """
-        self.index = index
         table = [functions[name] for name in FUNCTIONS]
         self._native = array("Q", [*table, context, os.getpid()])
         self.native = address(self._native)
-
-    def stream(self) -> int:
-        """The current stream of the device."""
-        found: int = torch._C._cuda_getCurrentRawStream(self.index)
-        return found
+        self.stream = stream
 
     def copy(self, place: Tensor, numbers: array[int]) -> None:
         """Copy 64-bit numbers to ``place`` on the current stream; nothing waits.
@@ -205,7 +202,8 @@ def of(device: torch.device) -> Driver | None:
     status = driver.cuDeviceGet(ctypes.byref(number), index)
     # Torch's, which it has made: there are tensors.
     status = status or driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), number)
-    return None if status else Driver(index, functions, context.value or 0)
+    stream = functools.partial(torch._C._cuda_getCurrentRawStream, index)
+    return None if status else Driver(functions, context.value or 0, stream)
 
 
 def _libcuda() -> ctypes.CDLL:

@@ -8,7 +8,6 @@ the list of addresses, would have to live as long as the graph.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from operator import attrgetter
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from compileclip.fallback import warn_fallback
-from compileclip.lowering import UnsupportedError, has_triton, plain
+from compileclip.lowering import UnsupportedError, has_triton, is_disabled, plain
 
 if TYPE_CHECKING:
     from compileclip.lowering.gpu_list import Task
@@ -38,14 +37,10 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor | None:
 
     Served are plain tensors on one GPU, for p = 1, 2 and inf.
     """
-    if norm_type not in ORDERS or not _is_there(tensors[0].device):
-        return None
-    from compileclip.lowering.gpu_list import Task, remember
-
-    task = Task(norm_type=norm_type)
-    found = _quickly(tensors, tensors[0], task)
-    if found is not None or not _serves(tensors):
+    found = total_norm_again(tensors, norm_type)
+    if found is not None or norm_type not in ORDERS or not _serves(tensors):
         return found
+    from compileclip.lowering.gpu_list import Task, remember
 
     dense = [t if _has_each_once(t) else t.contiguous() for t in tensors]
     lists = _lists(dense)
@@ -55,35 +50,53 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor | None:
 
         shares = Shares(lists, norm_type)
         shares.end()
-        remember(task, dense[0], shares.launches)
+        remember(Task(norm_type), dense[0], shares.launches)
         return shares.total
 
     return _tried(run, "the norm's kernel") if lists else None
 
 
-def clip_grad_norm_(params: list[Tensor], max_norm: float, norm_type: float) -> Tensor | None:
-    """``total_norm`` of gradients and ``clip_`` at once, once each has run for such gradients.
-
-    Args:
-        params: whose gradients, where they have one.
-        max_norm: the bound.
-        norm_type: the order of the norm.
-
-    Returns:
-        The norm; None, and nothing was done, where that is not served.
-    """
-    first = next((p.grad for p in params if p.grad is not None), None)
-    if first is None or norm_type not in ORDERS or not _is_there(first.device):
+def total_norm_again(tensors: Sequence[Tensor], norm_type: float) -> Tensor | None:
+    """As ``total_norm``, once that has run for such tensors; it looks at each but once."""
+    if norm_type not in ORDERS or not _is_there(tensors[0].device):
         return None
     from compileclip.lowering.gpu_list import Task
 
-    task = Task(norm_type=norm_type, kind="clip", bound=max_norm, from_grads=True)
-    return _quickly(params, first, task)
+    return _quickly(tensors, tensors[0], Task(norm_type))
+
+
+def on_gradients(
+    params: list[Tensor],
+    norm_type: float | None = None,
+    kind: str | None = None,
+    bound: float = 0.0,
+    number: Tensor | None = None,
+) -> Tensor | None:
+    """``total_norm``, ``clip_`` or ``clamp_`` of gradients, once it has run for such gradients.
+
+    Args:
+        params: whose gradients, where they have one.
+        norm_type: the order of the norm that is to be taken, or None.
+        kind: what is written, ``"clip"`` or ``"clamp"``.
+        bound: to which.
+        number: the norm, where one is needed and none taken.
+
+    Returns:
+        The norm, or what else is no None; None, and nothing was done, where that is not served.
+    """
+    first = next((p.grad for p in params if p.grad is not None), None)
+    if first is None or not _is_there(first.device):
+        return None
+    if norm_type not in (None, *ORDERS) or (number is not None and not _is_number(number, first)):
+        return None
+    from compileclip.lowering.gpu_list import Task
+
+    return _quickly(params, first, Task(norm_type, kind, bound, number, from_grads=True))
 
 
 def _quickly(tensors: Sequence[Tensor], first: Tensor, task: Task) -> Tensor | None:
     """What ``gpu_list.run`` returns, if that may be asked."""
-    if _failed or type(tensors) is not list or not plain.runs_for_real():
+    if _failed or type(tensors) is not list or not plain.runs_for_real() or is_disabled():
         return None
     from compileclip.lowering import gpu_list
     from compileclip.lowering.native import CompilerError
@@ -166,7 +179,7 @@ def _serves(tensors: Sequence[Tensor]) -> bool:
         and set(map(_dtype, tensors)) <= DTYPES
         and all(t.layout == torch.strided for t in tensors)
         and plain.runs_for_real()
-        and os.environ.get("COMPILECLIP_DISABLE") != "1"
+        and not is_disabled()
     )
 
 

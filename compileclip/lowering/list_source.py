@@ -31,37 +31,44 @@ static bool is_contiguous(const Torch& torch, const void* held, int64_t* count) 
   return true;
 }
 
-// What Python's objects may be: of which types, and with which keys if they are tensors.
-struct Known {
-  uint64_t tensors[2], others[3], keys;
+static uint64_t type_of(Object object) { return word(object, sizeof(void*)); }
+
+// The types of what parameters and state may be.
+struct Types {
+  uint64_t tensors[2], others[3], dictionary;
 };
 
-static bool is_contiguous(const Torch& torch, const Known& known, Object object) {
-  const uint64_t type = word(object, sizeof(void*));
+static bool is_contiguous(const Torch& torch, const Types& known, uint64_t keys, Object object) {
+  const uint64_t type = type_of(object);
   for (const uint64_t other : known.others)
     if (type == other) return true;
   int64_t count;
   return (type == known.tensors[0] || type == known.tensors[1]) &&
-         word(*torch.tensor(object), torch.keys) == known.keys &&
+         word(*torch.tensor(object), torch.keys) == keys &&
          is_contiguous(torch, *torch.tensor(object), &count);
 }
 
 // Whether the parameters of a list, their gradients and all state are known to be contiguous.
-extern "C" int compileclip_contiguous(const Torch* torch, const Known* known, Object params,
+extern "C" int compileclip_contiguous(const Torch* torch, const Types* known, Object params,
                                       int64_t n, Object state) {
-  if (!torch->shape || !known->keys) return 0;
+  if (!torch->shape || !n) return 0;
+  const Object first = torch->get_entry(params, 0);
+  if (type_of(first) != known->tensors[0] && type_of(first) != known->tensors[1]) return 0;
+  const uint64_t keys = word(*torch->tensor(first), torch->keys);
   int64_t count;
   for (int64_t i = 0; i < n; ++i) {
     const Object param = torch->get_entry(params, i);
-    if (!is_contiguous(*torch, *known, param)) return 0;
+    if (!is_contiguous(*torch, *known, keys, param)) return 0;
     const void* const grad = *torch->grad_of(param);
     if (grad == torch->undefined) continue;
-    if (word(grad, torch->keys) != known->keys || !is_contiguous(*torch, grad, &count)) return 0;
+    if (word(grad, torch->keys) != keys || !is_contiguous(*torch, grad, &count)) return 0;
   }
   Object key, held, name, value;
-  for (int64_t at = 0; torch->next(state, &at, &key, &held);)
+  for (int64_t at = 0; torch->next(state, &at, &key, &held);) {
+    if (type_of(held) != known->dictionary) return 0;
     for (int64_t within = 0; torch->next(held, &within, &name, &value);)
-      if (!is_contiguous(*torch, *known, value)) return 0;
+      if (!is_contiguous(*torch, *known, keys, value)) return 0;
+  }
   return 1;
 }
 
@@ -97,7 +104,7 @@ extern "C" int compileclip_list(const Torch* torch, List* list, Object objects, 
   list->n = list->chunks = 0;
   for (int64_t i = 0; i < count; ++i) {
     const Object object = torch->get_entry(objects, i);
-    const uint64_t type = word(object, sizeof(void*));
+    const uint64_t type = type_of(object);
     if (type != list->types[0] && type != list->types[1]) return OTHERWISE;
     Tensor tensor = torch->tensor(object);
     if (list->from_grads) tensor = torch->grad(*tensor);

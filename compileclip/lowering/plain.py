@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Sequence
 from operator import attrgetter
@@ -10,6 +9,8 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from compileclip.lowering import is_disabled
 
 # What kernels call the dtypes.
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -24,7 +25,7 @@ def serves(tensors: Sequence[Tensor]) -> bool:
         PLAIN.issuperset(map(type, tensors))
         and all(map(_is_cpu, tensors))
         and runs_for_real()
-        and os.environ.get("COMPILECLIP_DISABLE") != "1"
+        and not is_disabled()
     )
 
 
