@@ -79,8 +79,8 @@ gpu:
 	    + train --name train-6-layers --device cuda --no-plots --layers 6 --width 256 --block 128 \
 	    --batch 8 --steps 300 --rows torch "torch, fused" compileclip \
 	    || failed="$$failed train"; $(SAVE); \
-	timeout 50 $(GPU_BENCH) scaling --tensors 10 1000 5000 --sizes 1e5 1e7 1e9 $(GPU_METHOD) \
-	    --rows "clip + fused,multi_tensor,limit" --minutes 0.5 || failed="$$failed scaling"; $(SAVE); \
+	timeout 80 $(GPU_BENCH) scaling --tensors 10 1000 5000 --sizes 1e5 1e7 1e9 $(GPU_METHOD) \
+	    --rows "clip + fused,multi_tensor,limit" --minutes 1.0 || failed="$$failed scaling"; $(SAVE); \
 	echo; echo "Failed or out of time: $${failed:-nothing}"; \
 	timeout 15 $(PYTHON) -m bench.digest build/bench; \
 	[ -z "$$failed" ]
