@@ -171,15 +171,17 @@ class Modes:
         held = self.kernels.grads()
         norm = self.kernels.norm(settings, copies, scaler)
         report(norm.total)
-        if type(norm.total) is Tensor:
-            left = self.kernels.run(settings, copies, norm, scaler)
-        else:  # of a class that has operations of its own: it may have no memory to read
-            left = eager.params_with_grad(self._optimizer)
-        del held
-        if left:
+
+        def step_eagerly(params: list[Tensor]) -> None:
             self._warn(settings)
-            grads = Gradients(scaler.grad_scale, scaler.found_inf, left)
+            grads = Gradients(scaler.grad_scale, scaler.found_inf, params)
             self._eager(settings, grads, norm.value())
+
+        # A norm of a class that has operations of its own may have no memory to read.
+        is_plain = type(norm.total) is Tensor
+        if not (is_plain and self.kernels.run(settings, copies, norm, scaler, step_eagerly)):
+            step_eagerly(eager.params_with_grad(self._optimizer))
+        del held
 
     def _warn(self, settings: ClipSettings) -> None:
         assert self.kernels is not None

@@ -7,7 +7,7 @@ hyperparameter changed; a step that does other operations (RAdam's sixth) is ano
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -214,8 +214,13 @@ class MultiTensorStep:
         return [p.grad for p in self._plan.params]
 
     def run(
-        self, settings: ClipSettings, copies: Sequence[Copied], norm: StepNorm, scaler: Scaler
-    ) -> list[Tensor]:
+        self,
+        settings: ClipSettings,
+        copies: Sequence[Copied],
+        norm: StepNorm,
+        scaler: Scaler,
+        step_others: Callable[[list[Tensor]], None],
+    ) -> bool:
         """Clip and step, or leave everything as it is.
 
         Args:
@@ -223,27 +228,27 @@ class MultiTensorStep:
             copies: what ``gather`` or ``plan`` returned.
             norm: the total norm of all gradients, which is ended here.
             scaler: what a ``GradScaler`` says of them.
+            step_others: steps with the parameters that are not served, and does so first: it may
+                raise, as torch does of sparse gradients, and then nothing must have changed.
 
         Returns:
-            The parameters that are left for another mode to step with; of them nothing has changed.
+            Whether that was done; if not, nothing has changed, and another mode is to step.
 
         Raises:
             RuntimeError: the norm is not finite and ``nonfinite="raise"``; nothing was changed.
         """
-        assert self._plan is not None
-        plan = self._plan
         self.set_bound(settings.max_norm)
         try:
-            stepped = self._step(settings, copies, norm, scaler)
+            self._step(settings, copies, norm, scaler, step_others)
         except serving.REASONS as reason:
             if self._is_capturing:
                 self._for_now = str(reason)
             else:
                 self._refuse(reason)
-            return plan.params
+            return False
         finally:
             norm.value()  # where nothing was launched
-        return [p for p, _ in plan.refused] if stepped else []
+        return True
 
     def step_again(self, settings: ClipSettings, scaler: Scaler | None) -> Tensor | None:
         """Step as in the last step, quickly.
@@ -274,9 +279,16 @@ class MultiTensorStep:
             self.refusal = CannotCompileError(str(reason), OTHER_MODES)
 
     def _step(
-        self, settings: ClipSettings, copies: Sequence[Copied], norm: StepNorm, scaler: Scaler
-    ) -> bool:
-        """Step; False where the step does not count."""
+        self,
+        settings: ClipSettings,
+        copies: Sequence[Copied],
+        norm: StepNorm,
+        scaler: Scaler,
+        step_others: Callable[[list[Tensor]], None],
+    ) -> None:
+        """Step, if the step counts."""
+        assert self._plan is not None
+        refused = [p for p, _ in self._plan.refused]
         saved = [dict(work.bucket.values) for work in self._works]
         try:
             scalars = self._scalars(self._optimizer, self._works, saved)
@@ -289,6 +301,8 @@ class MultiTensorStep:
                 if any(work.made for work in self._works):
                     self._plan = None  # there will be more state
                     extend(self._works)
+                if refused:
+                    step_others(refused)
         except BaseException:
             restore_all(self._works, saved)
             self._forget_fresh()
@@ -296,7 +310,7 @@ class MultiTensorStep:
         if not stepped:
             restore_all(self._works, saved)
             self._forget_fresh()
-            return False
+            return
         if self._is_capturing:
             self._captured.append((self._plan, self._works, self._places))
         launches = launch(self._works, kernels, scalars, kind, norm, scaler)
@@ -310,4 +324,3 @@ class MultiTensorStep:
             places = self._plan, self._works, kernels
             last = Last(self._optimizer, settings, scaler, *places, norm, launches)
             self.steady = steady_step(last, captured=bool(self._captured))
-        return True

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same, clone_params, params_like, set_grads
+from helpers import assert_same, clone_params, flat_state, params_like, same, set_grads
+from test_multi_tensor import ExactSqrt
 from test_optim_db import all_params
 from torch import Tensor, nn
 from torch.optim import SGD
@@ -185,3 +187,32 @@ def test_a_kernel_that_is_wrong_is_never_used(monkeypatch: pytest.MonkeyPatch) -
     with pytest.warns(FallbackWarning, match="the compiled step makes another"):
         twins.step(0, served=False)
     twins.step(1, served=False)
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["a later step", "the first step"])
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam", "RMSprop", "Adamax"])
+def test_an_error_of_eager_mode_leaves_the_others_as_they_were(name: str, first: bool) -> None:
+    """Torch raises for a sparse gradient before it steps with any parameter."""
+    given = params_like([(5, 3)] * 3)
+    ours, theirs = (
+        compileclip.wrap(getattr(torch.optim, name)(params), 1.0, mode=mode)
+        for mode, params in (("auto", given), ("eager", clone_params(given)))
+    )
+    for step in range(4):
+        for opt in (ours, theirs):
+            params = opt.param_groups[0]["params"]
+            set_grads(params, step)
+            if step == (0 if first else 2):
+                params[1].grad = params[1].grad.to_sparse()
+                before = clone_params(params), copy.deepcopy(flat_state(opt))
+                with pytest.raises(RuntimeError, match="sparse"):
+                    opt.step()
+                if opt is ours:
+                    assert_same(params, before[0], "parameter")
+                    for (_, mine), (_, other) in zip(flat_state(opt), before[1], strict=True):
+                        assert same(mine, other)
+                set_grads(params, step)  # eager mode may have scaled some
+            with ExactSqrt():
+                opt.step()
+        assert_same(ours.param_groups[0]["params"], theirs.param_groups[0]["params"], "parameter")
+        assert same(ours.total_norm, theirs.total_norm)
