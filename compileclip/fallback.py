@@ -1,4 +1,4 @@
-"""Falling back to eager, said once."""
+"""Falling back to eager: for which reasons, and that it is said once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ import warnings
 
 class FallbackWarning(UserWarning):
     """What was asked for is done by slower means; the result is right all the same."""
+
+
+class CannotCompileError(RuntimeError):
+    """Why a step is not to be compiled, and what to do about it."""
+
+    def __init__(self, cause: str, remedy: str) -> None:
+        super().__init__(cause)
+        self.cause, self.remedy = cause, remedy
+
+
+class UnsupportedError(ValueError):
+    """A program holds an operation or a dtype that a lowering has no code for."""
 
 
 _said: set[str] = set()

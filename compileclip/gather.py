@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 
 from compileclip import gather_in_python
 from compileclip.buckets import Bucket, StaleError
+from compileclip.fallback import UnsupportedError
 from compileclip.gather_in_python import Lookup
-from compileclip.lowering import UnsupportedError, threads
+from compileclip.lowering import threads
 from compileclip.native_torch import address, has_library, library
 
 

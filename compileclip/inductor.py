@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.optim import Optimizer
 
-from compileclip import traced
-from compileclip.fallback import warn_fallback
+from compileclip import compile_errors, optimizer_state, traced
+from compileclip.compile_errors import as_refusal
+from compileclip.fallback import CannotCompileError, warn_fallback
 from compileclip.functional import is_sharded
 from compileclip.lowering import is_disabled
 from compileclip.ops import NotRewrittenError
 from compileclip.settings import ClipSettings
-from compileclip.traced import CannotCompileError, as_refusal
 
 
 class CompiledStep:
@@ -75,7 +75,7 @@ class CompiledStep:
                 "let torch.compile compile, or take mode='eager'",
             )
             return None
-        except traced.compiler_errors() as error:
+        except compile_errors.compiler_errors() as error:
             self.refusal = as_refusal(error)
         finally:
             self._params = ()
@@ -106,7 +106,7 @@ class CompiledStep:
         )
         if insert not in self._compiled:
             # Made while Dynamo traces, state would send it another way when it traces anew.
-            traced.initialize_state(self._optimizer)
+            optimizer_state.initialize_state(self._optimizer)
             self._compiled[insert] = torch.compile(
                 _capture(self._optimizer, skip),
                 backend=lambda graph, inputs: self._compile(insert, graph, inputs),
@@ -127,7 +127,7 @@ class CompiledStep:
 
 def _capture(optimizer: Optimizer, skip: bool) -> Callable[[Tensor, Tensor | None], Tensor]:
     """A function that Dynamo can trace: the norm's place, then the optimizer's raw step."""
-    raw_step = traced.raw_step(optimizer)
+    raw_step = optimizer_state.raw_step(optimizer)
 
     def step(max_norm: Tensor, norm: Tensor | None) -> Tensor:
         total_norm: Tensor = torch.ops.compileclip.step_norm(max_norm, norm)

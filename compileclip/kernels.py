@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from compileclip.assemble import Kind, assemble
 from compileclip.capture import Recording
 from compileclip.eager import is_torchs_own
-from compileclip.lowering import UnsupportedError
+from compileclip.fallback import UnsupportedError
 from compileclip.lowering.target import Target
 from compileclip.program import Program
 from compileclip.self_check import check

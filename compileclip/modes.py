@@ -19,9 +19,9 @@ from compileclip import eager
 from compileclip.eager import Gradients, Scaler
 from compileclip.fallback import warn_fallback
 from compileclip.lowering import is_disabled, why_no_kernels
+from compileclip.optimizer_state import can_undo
 from compileclip.refusals import check_parameter
 from compileclip.settings import ClipSettings
-from compileclip.traced import can_undo
 
 if TYPE_CHECKING:
     from compileclip.inductor import CompiledStep

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compileclip import eager, foreign, reach, serving, traced
+from compileclip import eager, foreign, optimizer_state, reach, serving
 from compileclip.buckets import StaleError
 from compileclip.eager import Scaler
+from compileclip.fallback import CannotCompileError, UnsupportedError
 from compileclip.functional import get_total_norm
 from compileclip.kernels import DeviceKernels
 from compileclip.kinds import Kinds, counts
 from compileclip.launching import keep, kernels_of, launch
-from compileclip.lowering import UnsupportedError, targets
+from compileclip.lowering import targets
 from compileclip.lowering.native import CompilerError
 from compileclip.lowering.target import Ended
 from compileclip.patience import Patience
@@ -30,7 +31,6 @@ from compileclip.shadow import failed
 from compileclip.steady_step import SteadyStep, steady_step
 from compileclip.steady_step_parts import Last
 from compileclip.step_norm import StepNorm
-from compileclip.traced import CannotCompileError
 from compileclip.work import Work, extend, restore_all, scalars_of
 
 OTHER_MODES = 'take mode="auto", which does the same without a warning, or mode="eager"'
@@ -146,7 +146,7 @@ class MultiTensorStep:
         if self._for_now is not None:
             return None
         self._fresh = [p for p in params if not self._optimizer.state.get(p)]
-        traced.initialize_state(self._optimizer, with_grad=True, capturable=False)
+        optimizer_state.initialize_state(self._optimizer, with_grad=True, capturable=False)
         try:
             self._make_plan(params, serving.may_decide(settings, scaler))
         except Exception as error:

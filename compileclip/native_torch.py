@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from compileclip import native_torch_source, steady_step_source, surroundings_source
-from compileclip.lowering import UnsupportedError, driver_source, list_source, native
+from compileclip.fallback import UnsupportedError
+from compileclip.lowering import driver_source, list_source, native
 from compileclip.tensor_layout import layout_of_tensors, tag_of_dicts
 
 SOURCE = "".join(

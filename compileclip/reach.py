@@ -35,8 +35,8 @@ from compileclip.harmless import (
     operates,
     taken,
 )
+from compileclip.optimizer_state import raw_step
 from compileclip.shadow import NotPointwiseError
-from compileclip.traced import raw_step
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _COMPILED, _COMPILING = "compile_wrapper", os.path.join("torch", "_dynamo", "eval_frame.py")

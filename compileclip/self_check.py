@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from compileclip import reference
 from compileclip.buckets import Bucket
 from compileclip.lowering.target import Ended, Target
+from compileclip.optimizer_state import raw_step
 from compileclip.shadow import NotPointwiseError
-from compileclip.traced import raw_step
 from compileclip.work import tensors
 
 TENSORS = 3  # the smallest of a bucket

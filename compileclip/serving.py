@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from compileclip import kept
 from compileclip.eager import Scaler, takes_grad_scale
-from compileclip.lowering import UnsupportedError, why_no_kernels
+from compileclip.fallback import UnsupportedError
+from compileclip.lowering import why_no_kernels
 from compileclip.lowering.native import CompilerError
 from compileclip.plan import Plan
 from compileclip.settings import ClipSettings

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from compileclip import kept
 from compileclip.eager import is_torchs_own
-from compileclip.traced import raw_step
+from compileclip.optimizer_state import raw_step
 
 SHAPES = ((2, 3), (5,))  # a step is the same for both, or refused
 _WARNED = "_warned_capturable_if_run_uncaptured"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compileclip import leaves, traced
+from compileclip import leaves, optimizer_state, traced
 from compileclip.eager import is_torchs_own
 from compileclip.functional import is_sharded
 
@@ -62,7 +62,7 @@ class StandIn:
             weakref.finalize(self, held.clear)
             self.stepping = _with_attributes_of(optimizer, members)
         # No attribute of it: there a scheduler may have put a step that Dynamo does not trace.
-        self.raw_step = traced.raw_step(optimizer)
+        self.raw_step = optimizer_state.raw_step(optimizer)
 
 
 def stand_in(optimizer: Optimizer) -> StandIn:
@@ -75,10 +75,10 @@ def stand_in(optimizer: Optimizer) -> StandIn:
 
     # Constants to Dynamo, which so runs them for real while it traces.
     constant: Callable[..., Any] = torch._dynamo.assume_constant_result
-    made.prepare = constant(lambda among: traced.initialize_state(optimizer, among=among))
+    made.prepare = constant(lambda among: optimizer_state.initialize_state(optimizer, among=among))
     made.mend = constant(traced.mend_dynamo)
     made.holds_shards = constant(lambda: any(map(is_sharded, params())))
-    made.can_undo = constant(lambda among: traced.can_undo(optimizer, among))
+    made.can_undo = constant(lambda among: optimizer_state.can_undo(optimizer, among))
     made.why_not_backward = constant(lambda: leaves.why_not_backward(params()))
     made.lacks_gradients = constant(
         lambda have: (

@@ -9,10 +9,17 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from compileclip.fallback import warn_fallback
-from compileclip.leaves import HOOKED, UNKNOWN, WITHOUT_GRADIENTS, Leaves, patch_dynamo
+from compileclip.compile_errors import REMEDY, as_refusal, compiler_errors
+from compileclip.fallback import CannotCompileError, warn_fallback
+from compileclip.leaves import (
+    HOOKED,
+    UNKNOWN,
+    WITHOUT_GRADIENTS,
+    Leaves,
+    patch_dynamo,
+)
 from compileclip.lowering import is_disabled
-from compileclip.traced import REMEDY, CannotCompileError, as_refusal, compiler_errors, mend_dynamo
+from compileclip.traced import mend_dynamo
 
 F = TypeVar("F", bound=Callable[..., Any])
 

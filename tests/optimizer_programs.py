@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 import compileclip
 from compileclip.assemble import Kind, assemble
 from compileclip.capture import record
-from compileclip.fallback import FallbackWarning
-from compileclip.lowering import UnsupportedError, cpp
+from compileclip.fallback import FallbackWarning, UnsupportedError
+from compileclip.lowering import cpp
 from compileclip.passes.insert_norm_and_scale import InsertNormAndScale
 from compileclip.program import Program
 from compileclip.shadow import OnDevice, Shadow

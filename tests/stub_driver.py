@@ -25,7 +25,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from compileclip import kernels
-from compileclip.lowering import native, targets, triton_module, triton_norm_kernels, triton_scale
+from compileclip.lowering import (
+    native,
+    targets,
+    triton_module,
+    triton_norm_kernels,
+    triton_scale,
+)
 
 STREAM = 0x5EED
 NAMES = ["Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adamax", "Adadelta", "ASGD", "Rprop", "SGD"]

@@ -15,7 +15,8 @@ from lowering_programs import ADAMW_SCALARS, adamw, aten, program, run_eager
 from torch import Tensor
 from torch.fx import Proxy
 
-from compileclip.lowering import CHUNK, UnsupportedError, native
+from compileclip.fallback import UnsupportedError
+from compileclip.lowering import CHUNK, native
 from compileclip.lowering.cpp import Kernel
 from compileclip.lowering.cpp_frame import RUN
 from compileclip.program import Program, dtype_of

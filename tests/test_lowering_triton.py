@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from compileclip.lowering import UnsupportedError
+from compileclip.fallback import UnsupportedError
 from compileclip.program import Program
 
 pytest.importorskip("triton")

@@ -12,10 +12,6 @@ SERVED = ("cpu", "cuda")  # types of devices that have kernels
 CHUNK = 16384  # elements that one turn of a CPU thread works through; the norm splits alike
 
 
-class UnsupportedError(ValueError):
-    """A program holds an operation or a dtype that a lowering has no code for."""
-
-
 def why_no_kernels(device: torch.device) -> str | None:
     """Why nothing on ``device`` has kernels, as far as that is known at once."""
     if device.type not in SERVED:

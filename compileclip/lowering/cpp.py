@@ -18,7 +18,8 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from compileclip.lowering import UnsupportedError, cpp_frame, cpp_ops, cpp_prelude, native
+from compileclip.fallback import UnsupportedError
+from compileclip.lowering import cpp_frame, cpp_ops, cpp_prelude, native
 from compileclip.program import Program, dtype_of
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compileclip.lowering import UnsupportedError
+from compileclip.fallback import UnsupportedError
 from compileclip.lowering.native import CompilerError
 from compileclip.native_torch import address, library
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from compileclip.fallback import warn_fallback
-from compileclip.lowering import UnsupportedError, has_triton, is_disabled, plain
+from compileclip.fallback import UnsupportedError, warn_fallback
+from compileclip.lowering import has_triton, is_disabled, plain
 
 if TYPE_CHECKING:
     from compileclip.lowering.gpu_list import Task

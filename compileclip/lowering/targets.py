@@ -10,8 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from compileclip.fallback import warn_fallback
-from compileclip.lowering import UnsupportedError, cpp, driver, norm, threads, why_no_kernels
+from compileclip.fallback import UnsupportedError, warn_fallback
+from compileclip.lowering import (
+    cpp,
+    driver,
+    norm,
+    threads,
+    why_no_kernels,
+)
 from compileclip.lowering.driver import Driver, Launch
 from compileclip.lowering.target import Addresses, Ended, Norm, Target
 from compileclip.program import Program

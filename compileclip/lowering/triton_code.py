@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from compileclip.lowering import UnsupportedError
+from compileclip.fallback import UnsupportedError
 from compileclip.lowering.triton_ops import (
     ATEN,
     BOOLEAN,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from compileclip.lowering import UnsupportedError
+from compileclip.fallback import UnsupportedError
 
 ATEN = torch.ops.aten
 

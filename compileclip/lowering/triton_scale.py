@@ -11,7 +11,13 @@ from torch import Tensor
 
 from compileclip.lowering.driver import Launch
 from compileclip.lowering.triton import packs
-from compileclip.lowering.triton_math import maximum, minimum, narrowed, reciprocal, widened
+from compileclip.lowering.triton_math import (
+    maximum,
+    minimum,
+    narrowed,
+    reciprocal,
+    widened,
+)
 from compileclip.lowering.triton_norm import CHUNK, TYPES, List
 
 _STEP = tl.constexpr(2048)  # elements at a time
