@@ -17,7 +17,11 @@ WORKERS ?= 2
 # from process to process, and cost the least.
 TOGETHER := --processes 6 --repetitions 40 --minutes 8
 
-.PHONY: demo test lint types pytest integrations mutants bench gpu gpu-first-steps clean
+.PHONY: help demo test lint types pytest integrations mutants bench gpu gpu-first-steps clean
+
+# What is said of each above.
+help:
+	@grep '^# make' Makefile | sed 's/^# //'
 
 demo: $(VENV)/ready
 	$(BIN)/python -m bench.demo --steps $(STEPS) --device $(DEVICE) --seeds $(SEEDS) --out $(OUT)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from compileclip.lowering import native
+from compileclip.native import native_build
 
 # Within a cache 20 ns, between two 175 to 190 ns (AMD EPYC of family 26, virtual, 2 cores).
 APART = 100.0  # nanoseconds
@@ -78,8 +78,8 @@ def core_latency(device: torch.device) -> float:
 @functools.cache
 def _probe() -> Callable[[], float] | None:
     try:
-        probe = native.load(SOURCE).core_latency
-    except native.CompilerError:
+        probe = native_build.load(SOURCE).core_latency
+    except native_build.CompilerError:
         return None
     probe.restype = ctypes.c_double
     return probe

@@ -19,7 +19,7 @@ from torch import Tensor
 from bench.case import NotRunError
 from bench.runs import Run
 from bench.workload import Workload
-from compileclip.lowering import native
+from compileclip.native import native_build
 
 CHUNK = 16384  # elements; each thread takes whole ones
 RUN = 64  # chunks that are updated in the order of memory
@@ -161,8 +161,8 @@ class _Cpu:
         arrays = [work.params, *[[state[name] for state in work.state] for name in names]]
         code = source(work.case.dtype, [tensors[0].dtype for tensors in arrays])
         try:
-            self._move = native.load(code).move
-        except native.CompilerError as error:
+            self._move = native_build.load(code).move
+        except native_build.CompilerError as error:
             raise NotRunError(str(error)) from error
         pointer = ctypes.c_void_p
         self._move.argtypes = (ctypes.c_int64, *[pointer] * 4, ctypes.c_uint32, ctypes.c_int)

@@ -6,15 +6,15 @@
 """
 
 from compileclip.clipped import clipped
-from compileclip.fallback import FallbackWarning
-from compileclip.functional import (
+from compileclip.eager.functional import (
     clip_grad_norm_,
     clip_grad_value_,
     clip_grads_with_norm_,
     get_total_norm,
 )
+from compileclip.fallback import FallbackWarning
+from compileclip.graph.training_step import compile
 from compileclip.optimizer import ClippedOptimizer, wrap
-from compileclip.training_step import compile
 
 __all__ = [
     "ClippedOptimizer",

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from compileclip.accepted import check_step
 from compileclip.optimizer import ClippedOptimizer
 from compileclip.settings import ClipSettings
+from compileclip.wrappable import check_step
 
 
 class ClippedClass(type):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from compileclip.refusals import check_group
+from compileclip.validation import check_group
 
 # As record_function, but without a trip through the dispatcher, which cost a quarter of the step
 # of a small model.

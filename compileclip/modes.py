@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compileclip import eager
-from compileclip.eager import Gradients, Scaler
+from compileclip.eager import eager_step
+from compileclip.eager.eager_step import Gradients, Scaler
+from compileclip.eager.optimizer_state import can_undo
 from compileclip.fallback import warn_fallback
 from compileclip.lowering import is_disabled, why_no_kernels
-from compileclip.optimizer_state import can_undo
-from compileclip.refusals import check_parameter
 from compileclip.settings import ClipSettings
+from compileclip.validation import check_parameter
 
 if TYPE_CHECKING:
-    from compileclip.inductor import CompiledStep
-    from compileclip.multi_tensor import MultiTensorStep
-    from compileclip.plan import Copied
+    from compileclip.buckets.step_plan import Copied
+    from compileclip.graph.inductor_mode import CompiledStep
+    from compileclip.multi_tensor.multi_tensor_step import MultiTensorStep
 
 
 _alive: weakref.WeakSet[Modes] = weakref.WeakSet()
@@ -79,7 +79,7 @@ class Modes:
         kernels = settings.mode in ("auto", "multi_tensor") and not is_disabled()
         if kernels and self._again(settings, scaler, report):
             return
-        params = eager.params_with_grad(self._optimizer)
+        params = eager_step.params_with_grad(self._optimizer)
         if not self._checked:  # a parameter may have become one rank's part after it was wrapped
             for p in params:
                 check_parameter(p)
@@ -94,7 +94,7 @@ class Modes:
                 return
         norm = grads.total_norm(settings.norm_type)
         report(norm)
-        eager.update(self._optimizer, settings, grads, norm)
+        eager_step.update(self._optimizer, settings, grads, norm)
 
     def set_bound(self, max_norm: float | None) -> None:
         """Let it be known at once, for a CUDA graph is replayed without a call of ``step``."""
@@ -117,7 +117,7 @@ class Modes:
         """Whether the host decides that a step does not count, as far as is known."""
         if self.kernels is not None and self.kernels.why_not is None:
             return not self.kernels.decides
-        return not eager.takes_grad_scale(self._optimizer)
+        return not eager_step.takes_grad_scale(self._optimizer)
 
     def why_eager(self, settings: ClipSettings) -> str | None:
         """Why not all parameters are stepped with in a faster mode, or None."""
@@ -146,11 +146,11 @@ class Modes:
         self, settings: ClipSettings, grads: Gradients, report: Callable[[Tensor], None]
     ) -> None:
         if self.kernels is None:
-            from compileclip.multi_tensor import MultiTensorStep
+            from compileclip.multi_tensor.multi_tensor_step import MultiTensorStep
 
             self.kernels = MultiTensorStep(self._optimizer)
         if settings.write_grads is True:
-            eager.make_writable(grads.params)
+            eager_step.make_writable(grads.params)
         copies = self.kernels.plan(settings, grads.params, grads)
         if copies is not None:
             self._run(settings, copies, grads, report)
@@ -158,7 +158,7 @@ class Modes:
         self._warn(settings)
         norm = grads.total_norm(settings.norm_type)
         report(norm)
-        eager.update(self._optimizer, settings, grads, norm)
+        eager_step.update(self._optimizer, settings, grads, norm)
 
     def _run(
         self,
@@ -180,7 +180,7 @@ class Modes:
         # A norm of a class that has operations of its own may have no memory to read.
         is_plain = type(norm.total) is Tensor
         if not (is_plain and self.kernels.run(settings, copies, norm, scaler, step_eagerly)):
-            step_eagerly(eager.params_with_grad(self._optimizer))
+            step_eagerly(eager_step.params_with_grad(self._optimizer))
         del held
 
     def _warn(self, settings: ClipSettings) -> None:
@@ -191,12 +191,12 @@ class Modes:
     def _eager(self, settings: ClipSettings, grads: Gradients, norm: Tensor) -> None:
         """Step in eager mode with the parameters of ``grads`` alone."""
         among = set(grads.params)
-        with_grad = eager.params_with_grad(self._optimizer)
+        with_grad = eager_step.params_with_grad(self._optimizer)
         stepped = [(p, p.grad) for p in with_grad if p not in among]
         try:
             for p, _ in stepped:
                 p.grad = None
-            eager.update(self._optimizer, settings, grads, norm)
+            eager_step.update(self._optimizer, settings, grads, norm)
         finally:
             for p, grad in stepped:
                 p.grad = grad
@@ -206,7 +206,7 @@ class Modes:
     ) -> bool:
         """Clip and update in one graph; False where that cannot be and nothing has changed."""
         if self.compiled is None:
-            from compileclip.inductor import CompiledStep  # it loads the compiler
+            from compileclip.graph.inductor_mode import CompiledStep  # it loads the compiler
 
             self.compiled = CompiledStep(self._optimizer)
         norm = None
@@ -214,10 +214,10 @@ class Modes:
         if settings.nonfinite != "propagate" and not in_graph:
             norm = grads.total_norm(settings.norm_type)
             report(norm)
-            if not eager.may_step(self._optimizer, settings, grads, norm):
+            if not eager_step.may_step(self._optimizer, settings, grads, norm):
                 return True
         if settings.write_grads is True:
-            eager.make_writable(grads.params)
+            eager_step.make_writable(grads.params)
         norm = self.compiled.run(settings, grads.params, norm)
         if norm is not None:
             report(norm)

@@ -1,7 +1,7 @@
 """``wrap`` and ``ClippedOptimizer``: an optimizer whose step clips.
 
 The way of the data in one step: gradients -> total norm -> clip coefficient -> the wrapped
-optimizer's own update. The mode (``eager.py``) decides how the coefficient reaches the update.
+optimizer's own update. The mode (``eager_step.py``) decides how the coefficient reaches the update.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compileclip import refusals
-from compileclip.accepted import check_optimizer
-from compileclip.clipped_before import ClippedBefore
+from compileclip import validation
 from compileclip.delegate import Delegate, decides_on_overflows
-from compileclip.eager import Scaler
-from compileclip.leaves import WITHOUT_GRADIENTS
+from compileclip.double_clipping import ClippedBefore
+from compileclip.eager.eager_step import Scaler
+from compileclip.graph.backward_leaves import WITHOUT_GRADIENTS
+from compileclip.graph.dynamo_stand_in import StandIn, have_gradients, stand_in
+from compileclip.graph.traced_step import leave_out, traced_step
 from compileclip.modes import Modes
-from compileclip.refusals import BOUNDS
 from compileclip.settings import ClipSettings, Fixed
-from compileclip.standing_in import StandIn, have_gradients, stand_in
-from compileclip.traced import leave_out, traced_step
+from compileclip.validation import BOUNDS
+from compileclip.wrappable import check_optimizer
 
 
 def wrap(
@@ -92,13 +92,13 @@ class ClippedOptimizer(Delegate):
     _stand_in: StandIn
     _settings: ClipSettings
     _modes: Modes
-    _keys: refusals.Keys
+    _keys: validation.Keys
     _clipped_before: ClippedBefore | None
 
     def __init__(self, optimizer: Optimizer, settings: ClipSettings) -> None:
         _check_not_wrapped(optimizer)
         check_optimizer(optimizer)
-        refusals.check_optimizer(optimizer)
+        validation.check_optimizer(optimizer)
         self.__setstate__({"optimizer": optimizer, "settings": settings, "total_norm": None})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -158,8 +158,8 @@ class ClippedOptimizer(Delegate):
         try:
             self._modes.step(self._settings, scaler, self._report)
         except Exception as error:
-            if refusals.misses_its_closure(error, closure is not None):
-                raise refusals.missed_closure(self.optimizer) from error
+            if validation.misses_its_closure(error, closure is not None):
+                raise validation.missed_closure(self.optimizer) from error
             raise
         finally:
             torch._C._set_grad_enabled(before)
@@ -278,7 +278,7 @@ class ClippedOptimizer(Delegate):
         self._delegate_to(state["optimizer"])
         self._settings = state["settings"]
         self._modes = Modes(self.optimizer)
-        self._keys = refusals.Keys(self.optimizer)
+        self._keys = validation.Keys(self.optimizer)
         self._stand_in = stand_in(self.optimizer)
         self.total_norm = state["total_norm"]
         self._clipped_before = ClippedBefore()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Generic, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -71,12 +73,10 @@ def _number(name: str, value: Any) -> float:
             f"{name} is a tensor, whose value would be read now and never again; pass "
             f"float({name}), and set opt.max_norm for another bound"
         )
-    if isinstance(value, bool | str):
+    # Others may be what float() takes, as NumPy's arrays are, and change later.
+    if isinstance(value, bool) or not isinstance(value, Real | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{name}={value!r} is no number; pass a float")
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}={value!r} is no number; pass a float") from None
+    return float(value)
 
 
 def _max_norm(value: object) -> float:

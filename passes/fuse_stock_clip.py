@@ -36,15 +36,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from compileclip import reference
-from compileclip.passes.match_norm import (
-    CASTS,
-    Norm,
-    nodes_in,
-    norm_of_one,
-    strip,
-    strip_widening,
-)
+from compileclip.eager import reference
+from compileclip.passes.match_norm import CASTS, Norm, nodes_in, norm_of_one, strip, strip_widening
 
 ATEN = torch.ops.aten
 PRIMS = torch.ops.prims

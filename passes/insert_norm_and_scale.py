@@ -37,7 +37,7 @@ import torch
 from torch import fx
 from torch.fx import Graph, Node
 
-from compileclip import reference
+from compileclip.eager import reference
 
 ATEN = torch.ops.aten
 # Looked up once: two threads that look an overload up for the first time get one each.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from compileclip import reference
+from compileclip.eager import reference
 
 ATEN = torch.ops.aten
 PRIMS = torch.ops.prims

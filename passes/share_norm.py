@@ -38,7 +38,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-from compileclip import reference
+from compileclip.eager import reference
 
 ATEN = torch.ops.aten
 CONVERT = torch.ops.prims.convert_element_type.default

@@ -18,7 +18,7 @@ from exact_fma import fma
 from torch import Tensor
 from torch.fx import Node
 
-from compileclip.program import Program
+from compileclip.lowering.program import Program
 
 aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)

@@ -47,7 +47,13 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _nothing_known() -> None:
     """What one test finds out about a program is nothing to the next."""
-    from compileclip import kernels, work
+    from compileclip.buckets import bucket_step
+    from compileclip.multi_tensor import kernel_cache
 
-    for known in (kernels._made, kernels._checked, work._known, work._formulas):
+    for known in (
+        kernel_cache._made,
+        kernel_cache._checked,
+        bucket_step._known,
+        bucket_step._formulas,
+    ):
         known.clear()

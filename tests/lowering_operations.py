@@ -8,7 +8,7 @@ import torch
 from lowering_programs import program
 from torch.fx import Proxy
 
-from compileclip.program import Program
+from compileclip.lowering.program import Program
 
 aten = torch.ops.aten
 Build = Callable[[Proxy, Proxy, Proxy, Proxy], Proxy]

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
-from compileclip.program import Program
+from compileclip.lowering.program import Program
 
 aten = torch.ops.aten
 Build = Callable[..., Mapping[str, Proxy]]

@@ -13,13 +13,13 @@ from test_optim_db import give_gradients, make
 from torch.optim import Optimizer
 
 import compileclip
-from compileclip.assemble import Kind, assemble
-from compileclip.capture import record
 from compileclip.fallback import FallbackWarning, UnsupportedError
-from compileclip.lowering import cpp
+from compileclip.lowering.cpp import cpp_kernel
+from compileclip.lowering.program import Program
 from compileclip.passes.insert_norm_and_scale import InsertNormAndScale
-from compileclip.program import Program
-from compileclip.shadow import OnDevice, Shadow
+from compileclip.recording.program_builder import Kind, assemble
+from compileclip.recording.recorder import record
+from compileclip.recording.shadow import OnDevice, Shadow
 
 WARM = 6  # RAdam does something else from its sixth step on, SGD from its second
 _NAMES = [case.values[0].name for case in INPUTS]
@@ -50,12 +50,12 @@ def captured(optimizer: Optimizer) -> Program:
     """The program of the first group's next step; nothing is compiled."""
     found: list[Program] = []
 
-    def init(_: cpp.Kernel, program: Program) -> None:
+    def init(_: cpp_kernel.Kernel, program: Program) -> None:
         found.append(program)
         raise UnsupportedError("a program was all that was wanted")
 
     wrapped = compileclip.wrap(optimizer, 1.0, mode="multi_tensor")
-    with mock.patch.object(cpp.Kernel, "__init__", init), warnings.catch_warnings():
+    with mock.patch.object(cpp_kernel.Kernel, "__init__", init), warnings.catch_warnings():
         warnings.simplefilter("ignore", FallbackWarning)
         wrapped.step()
     assert found, wrapped.explain()

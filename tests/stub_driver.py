@@ -24,14 +24,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from compileclip import kernels
-from compileclip.lowering import (
-    native,
-    targets,
-    triton_module,
-    triton_norm_kernels,
-    triton_scale,
-)
+from compileclip.lowering import targets
+from compileclip.lowering.triton import triton_module, triton_norm_kernels, triton_scale
+from compileclip.multi_tensor import kernel_cache
+from compileclip.native import native_build
 
 STREAM = 0x5EED
 NAMES = ["Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adamax", "Adadelta", "ASGD", "Rprop", "SGD"]
@@ -131,7 +127,7 @@ def libcuda() -> Any:
     folder = tempfile.mkdtemp(prefix="stub-libcuda-")
     made = Path(folder) / "libcuda.so.1"
     options = ("-O1", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1")
-    command = [native.find_compiler(), *options, str(source), "-o", str(made)]
+    command = [native_build.find_compiler(), *options, str(source), "-o", str(made)]
     subprocess.run(command, check=True, timeout=60)
     triton.knobs.nvidia.libcuda_path = folder
     library: Any = ctypes.CDLL(str(made), mode=ctypes.RTLD_GLOBAL)
@@ -149,11 +145,11 @@ def stubbed(monkeypatch: Any) -> Iterator[Stub]:
     stub = Stub()
     monkeypatch.setattr(targets, "of", targets.Gpu)
     monkeypatch.setattr(targets, "Cpu", lambda: targets.Gpu(torch.device("cpu")))
-    monkeypatch.setattr(kernels.DeviceKernels, "_check", lambda *_: None)
+    monkeypatch.setattr(kernel_cache.DeviceKernels, "_check", lambda *_: None)
     monkeypatch.setattr(
         triton.runtime.JITFunction, "_do_compile", functools.partialmethod(_made, stub)
     )
-    if hasattr(targets, "driver"):  # not in what this is compared with
+    if hasattr(targets, "cuda_driver"):  # not in what this is compared with
         _stub_driver(monkeypatch, stub)
     for name in MODULES:
         module = importlib.import_module(name)
@@ -180,11 +176,11 @@ def _forget(functions: list[Any]) -> None:
 
 
 def _stub_driver(monkeypatch: Any, stub: Stub) -> None:
-    from compileclip.lowering import driver
+    from compileclip.native import cuda_driver
 
-    functions = {name: _entry(getattr(stub.library, name)) for name in driver.FUNCTIONS}
-    made = driver.Driver(functions, 0xC0, lambda: stub.stream)
-    monkeypatch.setattr(targets.driver, "of", lambda _: made)
+    functions = {name: _entry(getattr(stub.library, name)) for name in cuda_driver.FUNCTIONS}
+    made = cuda_driver.Driver(functions, 0xC0, lambda: stub.stream)
+    monkeypatch.setattr(targets.cuda_driver, "of", lambda _: made)
 
 
 def _entry(function: Any) -> int:

@@ -19,7 +19,7 @@ from lowering_programs import program, run_eager
 from torch import Tensor
 from torch.fx import Proxy
 
-from compileclip.program import Program
+from compileclip.lowering.program import Program
 
 pytest.importorskip("triton")
 from exact_interpreter import make_exact

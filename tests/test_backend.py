@@ -17,9 +17,10 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph
 
 import compileclip.passes
-from compileclip import fallback, inductor_config
+from compileclip import fallback
 from compileclip.fallback import FallbackWarning
-from compileclip.inductor_config import SLOT, OrderedPasses, patches
+from compileclip.graph import inductor_passes
+from compileclip.graph.inductor_passes import SLOT, OrderedPasses, patches
 
 TOTAL_NORM = torch.ops.compileclip.total_norm.default
 FOREACH_NORM = torch.ops.aten._foreach_norm.Scalar
@@ -73,7 +74,7 @@ class Broken:
 
 
 def with_passes(monkeypatch: pytest.MonkeyPatch, *ordered: Callable[[Graph], int]) -> None:
-    monkeypatch.setattr(inductor_config.passes, "default_passes", lambda: ordered)
+    monkeypatch.setattr(inductor_passes.passes, "default_passes", lambda: ordered)
 
 
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -125,13 +126,13 @@ def test_it_is_listed() -> None:
 )
 def test_mode_options_dynamic(monkeypatch: pytest.MonkeyPatch, kwargs: dict[str, Any]) -> None:
     seen, wanted = spied(monkeypatch), {}
-    original = inductor_config.patches
+    original = inductor_passes.patches
 
     def recorded(options: Any) -> Any:
         wanted.update(options)
         return original(options)
 
-    monkeypatch.setattr(inductor_config, "patches", recorded)
+    monkeypatch.setattr(inductor_passes, "patches", recorded)
     check(**kwargs)
     assert seen.count(TOTAL_NORM) == 1
     expected = kwargs.get("options") or torch._inductor.list_mode_options(kwargs.get("mode")) or {}
@@ -218,7 +219,7 @@ def test_uuid_covers_code_fields_and_the_users() -> None:
 def test_uuid_covers_every_file_of_the_passes() -> None:
     files = OrderedPasses((Broken(),), ())._files()
     names = {Path(f).name for f in files}
-    assert {"inductor_config.py", "reference.py", "ops.py", Path(__file__).name} <= names
+    assert {"inductor_passes.py", "reference.py", "operators.py", Path(__file__).name} <= names
     folder = Path(str(compileclip.passes.__file__)).parent
     assert {p.name for p in folder.glob("*.py")} <= names
     assert get_hash_for_files(files, "a") != get_hash_for_files(files, "b")

@@ -112,9 +112,9 @@ def test_core_latency(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def missing(source: str) -> None:
             asked.append(source)
-            raise cores.native.CompilerError("there is no C++ compiler", "install g++")
+            raise cores.native_build.CompilerError("there is no C++ compiler", "install g++")
 
-        monkeypatch.setattr(cores.native, "load", missing)
+        monkeypatch.setattr(cores.native_build, "load", missing)
         cores._probe.cache_clear()
         assert cores.core_latency(device) == cores.core_latency(device) == 0.0
         assert len(asked) == 1

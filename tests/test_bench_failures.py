@@ -17,7 +17,7 @@ from bench.results import read
 from bench.rows import BASELINE, LIMIT, OURS, Row
 from bench.runs import ClipAndStep, Run
 from bench.workload import Workload
-from compileclip.lowering import native
+from compileclip.native import native_build
 
 
 class NotStepped(Run):
@@ -104,9 +104,9 @@ def test_no_jax(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(source: str) -> None:
-        raise native.CompilerError("there is no C++ compiler", "install g++")
+        raise native_build.CompilerError("there is no C++ compiler", "install g++")
 
-    monkeypatch.setattr(limit.native, "load", missing)
+    monkeypatch.setattr(limit.native_build, "load", missing)
     found = run(case(), row(LIMIT), row(BASELINE))
     assert found[LIMIT].reason == "there is no C++ compiler; install g++"
     assert found[BASELINE].status == "ok"

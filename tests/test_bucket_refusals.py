@@ -164,10 +164,10 @@ def test_some_parameters_are_served_and_some_are_not() -> None:
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    from compileclip.lowering import native
+    from compileclip.native import native_build
 
     monkeypatch.setenv("CXX", "no-such-compiler")
-    native.load.cache_clear()
+    native_build.load.cache_clear()
     twins = Twins(lambda params: SGD(params, lr=0.1, dampening=0.5, momentum=0.25))
     with pytest.warns(FallbackWarning, match="no C\\+\\+ compiler 'no-such-compiler'"):
         twins.step(0, served=False)
@@ -175,14 +175,14 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_kernel_that_is_wrong_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    from compileclip.lowering import cpp
+    from compileclip.lowering.cpp import cpp_kernel
 
-    run = cpp.Kernel.__call__
+    run = cpp_kernel.Kernel.__call__
 
     def wrong(self: Any, table: Any, sizes: Any, chunks: Any, scalars: Any, *rest: Any) -> None:
         run(self, table, sizes, chunks, [s * 1.01 for s in scalars], *rest)
 
-    monkeypatch.setattr(cpp.Kernel, "__call__", wrong)
+    monkeypatch.setattr(cpp_kernel.Kernel, "__call__", wrong)
     twins = Twins()
     with pytest.warns(FallbackWarning, match="the compiled step makes another"):
         twins.step(0, served=False)

@@ -14,8 +14,9 @@ from torch.optim import SGD, Optimizer, RAdam, lr_scheduler
 from twins import Lion, Twins, fresh, sgd
 
 import compileclip
-from compileclip import gather, native_torch
+from compileclip.buckets import pointers
 from compileclip.fallback import FallbackWarning
+from compileclip.native import native_tensors
 
 __all__ = ["fresh"]
 
@@ -120,9 +121,9 @@ def test_numbers_in_the_group() -> None:
 def test_versions_of_what_is_written(is_known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Natively, or by torch where it is not known where a tensor keeps its version."""
     if not is_known:
-        monkeypatch.setattr(native_torch, "_offsets_of_version", lambda: (0, 0))
-    library = native_torch.Library()
-    monkeypatch.setattr(gather, "library", lambda: library)
+        monkeypatch.setattr(native_tensors, "_offsets_of_version", lambda: (0, 0))
+    library = native_tensors.Library()
+    monkeypatch.setattr(pointers, "library", lambda: library)
     params = params_like([(3,), (2, 2)] * 20)
     opt = compileclip.wrap(SGD(params, lr=0.1), 1.0, write_grads=True, mode="multi_tensor")
     noted: list[int] = []

@@ -12,7 +12,7 @@ from helpers import params_like, set_grads
 from torch.optim import SGD
 
 import compileclip
-from compileclip.clipped_before import STEPS, ClippedBefore
+from compileclip.double_clipping import STEPS, ClippedBefore
 
 SHAPES = [(20, 10), (10,)]
 

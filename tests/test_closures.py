@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
 import compileclip
-from compileclip.closures import what_a_step_asks_for
+from compileclip.custom_optimizers.closure_calls import what_a_step_asks_for
 
 
 def closure_of(opt: Optimizer) -> Callable[[], Tensor]:

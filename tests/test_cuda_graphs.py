@@ -26,7 +26,7 @@ def test_what_is_captured_reads_nothing_of_the_host(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As far as that can be seen without a CUDA graph: no copies, no counts, no decisions."""
-    from compileclip.lowering import triton_lists
+    from compileclip.lowering.triton import triton_lists
 
     ours, theirs = twins(maker("AdamW", capturable=True), device, nonfinite="skip")
     for seed in range(2):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import compileclip
-from compileclip import backend
-from compileclip.inductor_config import patches
+from compileclip.graph import backend
+from compileclip.graph.inductor_passes import patches
 
 pytest.importorskip("triton", reason="triton makes CUDA code")
 from offline_cuda import CudaSource, cuda_source

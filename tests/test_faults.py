@@ -18,7 +18,7 @@ from torch.optim import SGD
 import compileclip
 from compileclip import fallback
 from compileclip.fallback import FallbackWarning
-from compileclip.lowering import native
+from compileclip.native import native_build
 
 STEPS = """
 import sys, warnings
@@ -126,7 +126,7 @@ def test_a_compiler_that_hangs_in_this_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", str(script(tmp_path, "exec sleep 60")))
-    monkeypatch.setattr(native, "TIMEOUT", 0.2)
+    monkeypatch.setattr(native_build, "TIMEOUT", 0.2)
     monkeypatch.setattr(fallback, "_said", set())
     params = params_like([(3, 4), (5,)])
     others = clone_params(params)
@@ -135,7 +135,7 @@ def test_a_compiler_that_hangs_in_this_process(
         SGD(params, lr=0.1, momentum=0.9, dampening=0.4), 1.0, mode="multi_tensor"
     )
     theirs = compileclip.wrap(SGD(others, lr=0.1, momentum=0.9, dampening=0.4), 1.0, mode="eager")
-    native.load.cache_clear()
+    native_build.load.cache_clear()
     for seed in range(3):
         for tensors in (params, others):
             set_grads(tensors, seed)

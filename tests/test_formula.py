@@ -27,9 +27,9 @@ from torch.optim import (
 from twins import Lion
 
 import compileclip
-from compileclip.formula import Formula
-from compileclip.shadow import ChangedError
-from compileclip.work import tensors
+from compileclip.buckets.bucket_step import tensors
+from compileclip.recording.scalar_formula import Formula
+from compileclip.recording.shadow import ChangedError
 
 SHAPES = [(3, 4), (5,), (700,)]
 MAKERS: dict[str, Callable[[Any], Optimizer]] = {

@@ -11,17 +11,18 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Optimizer
 
 import compileclip
-from compileclip.lowering import gpu, targets
-from compileclip.lowering.triton_code import Code
-from compileclip.plan import Plan
-from compileclip.serving import why_not_decided
+from compileclip.buckets.step_plan import Plan
+from compileclip.lowering import targets
+from compileclip.lowering.triton import triton_foreach
+from compileclip.lowering.triton.triton_code import Code
+from compileclip.multi_tensor.eligibility import why_not_decided
 
 pytest.importorskip("triton")
 from lowering_operations import CASES, one_operation
 from triton_runs import INTERPRETED, device, passed_in_the_interpreter
 
-from compileclip.lowering import triton_scale
-from compileclip.lowering.triton_lists import block_list
+from compileclip.lowering.triton import triton_scale
+from compileclip.lowering.triton.triton_lists import block_list
 
 __all__ = ["device"]  # a fixture
 
@@ -29,7 +30,7 @@ __all__ = ["device"]  # a fixture
 @pytest.fixture(autouse=True)
 def _everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
-        monkeypatch.setattr(gpu, "_is_there", lambda _: True)
+        monkeypatch.setattr(triton_foreach, "_is_there", lambda _: True)
         monkeypatch.setattr(targets, "of", targets.Gpu)
 
 
@@ -93,9 +94,9 @@ def test_a_second_dtype_that_fails_is_not_scaled_twice(
         original(lists, *args)
 
     monkeypatch.setattr(triton_scale, "write", write)
-    monkeypatch.setattr(gpu, "_failed", False)
+    monkeypatch.setattr(triton_foreach, "_failed", False)
     with pytest.raises(RuntimeError, match=r"gradients of torch.float32 written and others not"):
-        gpu.scale_(grads, torch.tensor(0.5, device=device))
+        triton_foreach.scale_(grads, torch.tensor(0.5, device=device))
     assert torch.equal(grads[0].cpu(), torch.full((3,), 0.5))
 
 
@@ -115,7 +116,7 @@ def test_functorch_is_not_for_kernels(device: str) -> None:
 
     found = torch.func.grad(clamped)(torch.ones(2, device=device))
     assert torch.equal(found.cpu(), torch.full((2,), 1.5))
-    assert not gpu._failed
+    assert not triton_foreach._failed
 
 
 @pytest.mark.parametrize("order", [1.0, float("inf")])
@@ -123,16 +124,16 @@ def test_what_is_checked_is_what_runs(
     order: float, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel that ends the norm is compiled for its order before anything is written."""
-    from compileclip.lowering import triton
+    from compileclip.lowering.triton import triton_kernel
 
     orders: list[str] = []
-    original = triton.Kernel.__call__
+    original = triton_kernel.Kernel.__call__
 
     def called(self: Any, tables: Any, scalars: Any, values: Any, counts: Any, shares: Any) -> Any:
         orders.append(shares.constants["ORDER"])
         return original(self, tables, scalars, values, counts, shares)
 
-    monkeypatch.setattr(triton.Kernel, "__call__", called)
+    monkeypatch.setattr(triton_kernel.Kernel, "__call__", called)
     params = [nn.Parameter(p.detach().to(device)) for p in params_like([(3,)])]
     opt = compileclip.wrap(SGD(params, lr=0.1), 1.0, norm_type=order)
     for seed in range(2):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import utils
 
 import compileclip
-from compileclip import reference
+from compileclip.eager import reference
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
 

@@ -22,7 +22,7 @@ from torch.linalg import vector_norm
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.nn.utils.clip_grad import _clip_grads_with_norm_, _get_total_norm
 
-from compileclip import reference
+from compileclip.eager import reference
 from compileclip.passes.fuse_stock_clip import FuseStockClip
 
 ATEN = torch.ops.aten

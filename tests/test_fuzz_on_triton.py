@@ -16,7 +16,8 @@ pytest.importorskip("triton")
 from exact_interpreter import make_exact
 from triton_runs import INTERPRETED, passed_in_the_interpreter
 
-from compileclip.lowering import gpu, targets
+from compileclip.lowering import targets
+from compileclip.lowering.triton import triton_foreach
 
 
 class Interpreted(Twins):
@@ -52,7 +53,7 @@ class Interpreted(Twins):
 def test_random_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     make_exact(monkeypatch)
     monkeypatch.setattr(targets, "of", targets.Gpu)
-    monkeypatch.setattr(gpu, "_is_there", lambda _: True)
+    monkeypatch.setattr(triton_foreach, "_is_there", lambda _: True)
 
     @fuzz(15)
     @given(data=st.data())

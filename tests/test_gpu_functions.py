@@ -14,15 +14,15 @@ from helpers import same
 from torch import Tensor, nn
 
 import compileclip
-from compileclip import reference
-from compileclip.lowering import gpu
+from compileclip.eager import reference
+from compileclip.lowering.triton import triton_foreach
 
 pytest.importorskip("triton")
 from offline_cuda import compile_ptx
 from triton_runs import INTERPRETED, device, passed_in_the_interpreter
 
-from compileclip.lowering import triton_norm, triton_scale
-from compileclip.lowering.triton_lists import block_list
+from compileclip.lowering.triton import triton_norm, triton_scale
+from compileclip.lowering.triton.triton_lists import block_list
 
 __all__ = ["device"]  # a fixture
 SIZES = [0, 1, 2047, 2048, 2049, triton_norm.CHUNK, triton_norm.CHUNK + 1, 3]
@@ -33,7 +33,7 @@ DTYPES += [pytest.param(torch.bfloat16, marks=[pytest.mark.gpu])]  # rounded oth
 @pytest.fixture(autouse=True)
 def _everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
-        monkeypatch.setattr(gpu, "_is_there", lambda _: True)
+        monkeypatch.setattr(triton_foreach, "_is_there", lambda _: True)
 
 
 def tensors(dtype: torch.dtype, device: str, shift: int) -> list[Tensor]:
@@ -53,18 +53,18 @@ def test_scale_clip_and_clamp(dtype: torch.dtype, shift: int, device: str) -> No
         factor = torch.tensor(number, device=device)
         given = tensors(dtype, device, shift)
         before = [t.clone() for t in given]
-        assert gpu.scale_(given, factor)
+        assert triton_foreach.scale_(given, factor)
         assert all(map(same, given, [scaled(t, factor) for t in before]))
 
         norm_dtype = torch.promote_types(dtype, torch.float32)
         norm = torch.tensor(number, device=device, dtype=norm_dtype)
         given = [t.clone() for t in before]
-        assert gpu.clip_(given, 0.7, norm)
+        assert triton_foreach.clip_(given, 0.7, norm)
         factor = reference.clip_coef(0.7, norm)
         assert all(map(same, given, [scaled(t, factor) for t in before]))
 
         given = [t.clone() for t in before]
-        assert gpu.clamp_(given, number)
+        assert triton_foreach.clamp_(given, number)
         # Bounds are float32 for half precision, and what they leave is rounded.
         bound = torch.tensor(number, dtype=norm_dtype).to(dtype).item()
         expected = [t.clamp(-bound, bound) for t in before]
@@ -74,22 +74,22 @@ def test_scale_clip_and_clamp(dtype: torch.dtype, shift: int, device: str) -> No
 def test_nothing_is_written_twice(device: str) -> None:
     flat = torch.ones(10, device=device)
     factor = torch.tensor(2.0, device=device)
-    assert not gpu.scale_([flat, flat], factor)
-    assert not gpu.scale_([flat[:6], flat[5:]], factor)
-    assert not gpu.scale_([flat[::2]], factor)
-    assert not gpu.scale_([torch.ones(1, device=device).expand(3)], factor)
+    assert not triton_foreach.scale_([flat, flat], factor)
+    assert not triton_foreach.scale_([flat[:6], flat[5:]], factor)
+    assert not triton_foreach.scale_([flat[::2]], factor)
+    assert not triton_foreach.scale_([torch.ones(1, device=device).expand(3)], factor)
     assert torch.equal(flat, torch.ones_like(flat))
-    assert gpu.scale_([flat[5:], flat[:5]], factor)
+    assert triton_foreach.scale_([flat[5:], flat[:5]], factor)
     assert torch.equal(flat, torch.full_like(flat, 2.0))
-    assert gpu.scale_([torch.ones(4, 3, device=device).t()], factor)
+    assert triton_foreach.scale_([torch.ones(4, 3, device=device).t()], factor)
 
 
 def test_numbers_that_are_not_computed_with_here(device: str) -> None:
     """Their rounding is torch's business."""
     given = [torch.ones(3, device=device)]
     for number in (torch.ones((), dtype=torch.bfloat16), torch.ones(1), torch.ones((), dtype=int)):
-        assert not gpu.clip_(given, 0.5, number.to(device))
-        assert not gpu.scale_(given, number.to(device))
+        assert not triton_foreach.clip_(given, 0.5, number.to(device))
+        assert not triton_foreach.scale_(given, number.to(device))
     assert torch.equal(given[0], torch.ones_like(given[0]))
 
 
@@ -97,20 +97,20 @@ def test_what_has_no_memory_is_torchs_business(device: str) -> None:
     """And of no consequence for the next."""
 
     def norm(x: Tensor) -> Tensor:
-        assert gpu.total_norm([x], 2.0) is None
-        assert not gpu.scale_([x], torch.ones((), device=device))
+        assert triton_foreach.total_norm([x], 2.0) is None
+        assert not triton_foreach.scale_([x], torch.ones((), device=device))
         return x.norm()
 
     batch = torch.randn(3, 5, device=device)
     assert torch.func.vmap(norm)(batch).shape == (3,)
-    assert gpu.total_norm([batch], 2.0) is not None
+    assert triton_foreach.total_norm([batch], 2.0) is not None
 
 
 def test_what_is_written_is_told_to_autograd(device: str) -> None:
     x = torch.ones(3, device=device, requires_grad=True)
     kept = x.detach() * 2
     loss = (x * kept).sum()
-    assert gpu.scale_([kept], torch.tensor(2.0, device=device))
+    assert triton_foreach.scale_([kept], torch.tensor(2.0, device=device))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -118,12 +118,12 @@ def test_what_is_written_is_told_to_autograd(device: str) -> None:
 def test_mixed_dtypes_are_one_norm_and_a_list_each(device: str) -> None:
     given = [torch.randn(300).to(device, d) for d in (torch.float32, torch.float16, torch.float64)]
     before = [t.clone() for t in given]
-    norm = gpu.total_norm(given, 2.0)
+    norm = triton_foreach.total_norm(given, 2.0)
     assert norm is not None
     assert norm.dtype == torch.float64
     # Sums in another order; observed: 0.
     torch.testing.assert_close(norm, reference._total_norm(given, 2.0), rtol=2e-15, atol=0)
-    assert gpu.clip_(given, 0.5, norm)
+    assert triton_foreach.clip_(given, 0.5, norm)
     factor = reference.clip_coef(0.5, norm)
     assert all(map(same, given, [scaled(t, factor) for t in before]))
 

@@ -22,7 +22,7 @@ FILES = (
     *("gpu", "aten_cuda", "counts_on_the_device", "cuda_graphs", "gpu_functions"),
     *("half_precision_on_a_gpu", "lowering_triton", "lowering_triton_norm", "several_devices"),
     *("lowering_triton_programs", "multi_tensor_on_triton", "optim_db_on_a_gpu"),
-    *("bench_gpu_timing", "bench_graph_rows", "steady_on_a_gpu"),
+    *("bench_gpu_timing", "bench_graph_rows", "docs", "steady_on_a_gpu"),
 )
 
 

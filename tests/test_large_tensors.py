@@ -13,7 +13,8 @@ from lowering_programs import aten, program
 from torch import Tensor
 
 import compileclip
-from compileclip.lowering import CHUNK, cpp, norm, norm_source
+from compileclip.lowering import CHUNK
+from compileclip.lowering.cpp import cpp_kernel, cpp_norm, cpp_norm_source
 
 NORESERVE = 0x4000  # Linux's MAP_NORESERVE, which mmap does not name
 # What the code may have as an int: it counts neither elements nor chunks nor tensors.
@@ -38,7 +39,7 @@ def test_the_update_reaches_them(dtype: torch.dtype) -> None:
     a, b = torch.randn(CHUNK + 5).to(dtype), torch.randn(CHUNK + 5).to(dtype)
     expected = a + b
     sizes, first_chunk = only_the_end()
-    cpp.Kernel(made)(array("Q", [far(a), far(b)]), sizes, first_chunk, [], [], 1)
+    cpp_kernel.Kernel(made)(array("Q", [far(a), far(b)]), sizes, first_chunk, [], [], 1)
     assert torch.equal(a, expected)
 
 
@@ -46,7 +47,7 @@ def test_the_update_reaches_them(dtype: torch.dtype) -> None:
 def test_the_norm_reaches_them(order: float) -> None:
     values, out = torch.randn(CHUNK + 5), torch.zeros((), dtype=torch.float64)
     sizes, first_chunk = only_the_end()
-    done = norm.norm_into(
+    done = cpp_norm.norm_into(
         out, array("Q", [far(values)]), sizes, first_chunk, torch.float32, order, 1
     )
     assert done
@@ -57,7 +58,7 @@ def test_the_norm_reaches_them(order: float) -> None:
 
 def test_generated_code_counts_in_64_bits() -> None:
     made = program(lambda a: {"a": aten.neg.default(a)}, {"a": torch.float32})
-    for text in (cpp.source(made), norm_source.SOURCE):
+    for text in (cpp_kernel.source(made), cpp_norm_source.SOURCE):
         loops = re.findall(r"for \((\w+) \w+ = ", text)
         assert loops
         assert {"int64_t"} <= set(loops) <= {"int64_t", "int"}
@@ -75,4 +76,4 @@ def test_a_norm_of_more_than_2_to_the_31_elements() -> None:
     tensor[2**31 + 5], tensor[-1] = 3, -4
     assert compileclip.get_total_norm([tensor]) == 5
     assert compileclip.get_total_norm([tensor], math.inf) == 4
-    assert norm.total_norm([tensor, tensor[2**31 :]], 2.0) == math.sqrt(50)
+    assert cpp_norm.total_norm([tensor, tensor[2**31 :]], 2.0) == math.sqrt(50)

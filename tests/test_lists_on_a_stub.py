@@ -17,7 +17,8 @@ import compileclip
 pytest.importorskip("triton")
 from stub_driver import STREAM, Copied, Launched, Stub, stubbed
 
-from compileclip.lowering import gpu, gpu_list, triton_norm
+from compileclip.lowering.triton import triton_foreach, triton_norm
+from compileclip.native import native_foreach
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
 
@@ -27,10 +28,10 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
-    monkeypatch.setattr(gpu, "_is_there", lambda _: True)
-    monkeypatch.setattr(gpu, "_failed", False)
-    monkeypatch.setattr(compileclip.functional.native_norm, "total_norm", lambda *_: None)
-    monkeypatch.setattr(gpu_list, "_entries", {})
+    monkeypatch.setattr(triton_foreach, "_is_there", lambda _: True)
+    monkeypatch.setattr(triton_foreach, "_failed", False)
+    monkeypatch.setattr(compileclip.eager.functional.native_norm, "total_norm", lambda *_: None)
+    monkeypatch.setattr(native_foreach, "_entries", {})
     with stubbed(monkeypatch) as made:
         yield made
 
@@ -99,7 +100,7 @@ def test_launches_are_tritons_own(call: str, dtype: torch.dtype, order: float, s
 
 
 def test_the_lists(stub: Stub) -> None:
-    assert gpu_list.CHUNK == triton_norm.CHUNK
+    assert native_foreach.CHUNK == triton_norm.CHUNK
     ps = params()
     for _ in range(2):
         stub.reset()
@@ -146,12 +147,13 @@ def test_what_is_odd_takes_the_other_way(odd: str, stub: Stub) -> None:
     for _ in range(2):
         stub.reset()
         assert (
-            gpu_list.run(tensors, tensors[0], gpu_list.Task(norm_type=2.0)) is None or stub.copies()
+            native_foreach.run(tensors, tensors[0], native_foreach.Task(norm_type=2.0)) is None
+            or stub.copies()
         )
         compileclip.get_total_norm(tensors)
     tensors[3] = ODD[odd]()
     stub.reset()
-    assert gpu_list.run(tensors, tensors[0], gpu_list.Task(norm_type=2.0)) is None
+    assert native_foreach.run(tensors, tensors[0], native_foreach.Task(norm_type=2.0)) is None
     assert not stub.records()
 
 
@@ -161,22 +163,22 @@ def test_a_subclass_takes_the_other_way(stub: Stub) -> None:
 
     tensors = [p.grad for p in params()]
     compileclip.get_total_norm(tensors)
-    assert gpu_list.run(tensors, tensors[0], gpu_list.Task(norm_type=2.0)) is not None
+    assert native_foreach.run(tensors, tensors[0], native_foreach.Task(norm_type=2.0)) is not None
     tensors[1] = torch.randn(3).as_subclass(Odd)
-    assert gpu_list.run(tensors, tensors[0], gpu_list.Task(norm_type=2.0)) is None
+    assert native_foreach.run(tensors, tensors[0], native_foreach.Task(norm_type=2.0)) is None
 
 
 def test_tensors_that_share_memory_are_not_written(stub: Stub) -> None:
-    task = gpu_list.Task(kind="clamp", bound=0.5)
+    task = native_foreach.Task(kind="clamp", bound=0.5)
     tensors = [torch.randn(8) for _ in range(3)]
-    compileclip.lowering.gpu.clamp_(tensors, 0.5)
-    assert gpu_list.run(tensors, tensors[0], task) is not None
+    compileclip.lowering.triton.triton_foreach.clamp_(tensors, 0.5)
+    assert native_foreach.run(tensors, tensors[0], task) is not None
     stub.reset()
     for other in (tensors[0], tensors[1][4:], tensors[2].view(2, 4)):
         for shared in ([*tensors, other], [other, *tensors]):
-            assert gpu_list.run(shared, shared[0], task) is None
+            assert native_foreach.run(shared, shared[0], task) is None
     assert not stub.records()
-    assert gpu_list.run([tensors[0][4:], tensors[0][:4]], tensors[0], task) is not None
+    assert native_foreach.run([tensors[0][4:], tensors[0][:4]], tensors[0], task) is not None
 
 
 @pytest.mark.parametrize("call", range(4))

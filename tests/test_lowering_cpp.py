@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from compileclip.fallback import UnsupportedError
-from compileclip.lowering import CHUNK, native
-from compileclip.lowering.cpp import Kernel
-from compileclip.lowering.cpp_frame import RUN
-from compileclip.program import Program, dtype_of
+from compileclip.lowering import CHUNK
+from compileclip.lowering.cpp.cpp_kernel import Kernel
+from compileclip.lowering.cpp.cpp_loop import RUN
+from compileclip.lowering.program import Program, dtype_of
+from compileclip.native import native_build
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 HALF = (BF16, F16)
@@ -287,7 +288,7 @@ def test_what_has_no_code_is_refused(
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(native.CompilerError, match="no-such-compiler"):
+    with pytest.raises(native_build.CompilerError, match="no-such-compiler"):
         Kernel(program(lambda a: {"a": aten.mul.Tensor(a, 0.31415)}, {"a": F32}))
 
 

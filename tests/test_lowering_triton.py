@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from compileclip.fallback import UnsupportedError
-from compileclip.program import Program
+from compileclip.lowering.program import Program
 
 pytest.importorskip("triton")
 from lowering_operations import CASES, LIBRARY, SCALARS, Build, one_operation, rmsprop, sgd
@@ -27,11 +27,11 @@ from lowering_programs import adamw, program, run_eager
 from offline_cuda import compile_ptx
 from triton_runs import INTERPRETED, device, passed_in_the_interpreter
 
-from compileclip.lowering.triton import BLOCK, OPTIONS, Kernel, Tables
-from compileclip.lowering.triton_lists import block_list
-from compileclip.lowering.triton_module import load
-from compileclip.lowering.triton_norm import SECOND, Shares
-from compileclip.lowering.triton_source import source
+from compileclip.lowering.triton.triton_kernel import BLOCK, OPTIONS, Kernel, Tables
+from compileclip.lowering.triton.triton_lists import block_list
+from compileclip.lowering.triton.triton_module import load
+from compileclip.lowering.triton.triton_norm import SECOND, Shares
+from compileclip.lowering.triton.triton_source import source
 
 __all__ = ["device"]  # a fixture
 aten = torch.ops.aten

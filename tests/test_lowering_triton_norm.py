@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from compileclip import reference
+from compileclip.eager import reference
 
 pytest.importorskip("triton")
 from offline_cuda import compile_ptx
 from triton_runs import INTERPRETED, device, passed_in_the_interpreter
 
-from compileclip.lowering import gpu, triton_norm, triton_norm_kernels
-from compileclip.lowering.triton_lists import block_list
+from compileclip.lowering.triton import triton_foreach, triton_norm, triton_norm_kernels
+from compileclip.lowering.triton.triton_lists import block_list
 
 __all__ = ["device"]  # a fixture
 NORM_SIZES = [0, 1, 2047, 2048, 2049, triton_norm.CHUNK, triton_norm.CHUNK + 1, 3]
@@ -25,11 +25,11 @@ NORM_SIZES = [0, 1, 2047, 2048, 2049, triton_norm.CHUNK, triton_norm.CHUNK + 1, 
 @pytest.fixture(autouse=True)
 def _everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
-        monkeypatch.setattr(gpu, "_is_there", lambda _: True)
+        monkeypatch.setattr(triton_foreach, "_is_there", lambda _: True)
 
 
 def total_norm(tensors: list[Tensor], norm_type: float) -> Tensor:
-    found = gpu.total_norm(tensors, norm_type)
+    found = triton_foreach.total_norm(tensors, norm_type)
     assert found is not None
     return found
 
@@ -124,5 +124,5 @@ def test_loads_are_wide_and_nothing_is_atomic(dtype: torch.dtype, order: str) ->
 def test_what_has_no_kernel(
     dtype: torch.dtype, norm_type: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "_is_there", lambda _: True)
-    assert gpu.total_norm([torch.zeros(3, dtype=dtype)], norm_type) is None
+    monkeypatch.setattr(triton_foreach, "_is_there", lambda _: True)
+    assert triton_foreach.total_norm([torch.zeros(3, dtype=dtype)], norm_type) is None

@@ -15,8 +15,8 @@ from optimizer_programs import EVERY_INPUT, FIRST_INPUTS, programs
 from test_lowering_triton import launch
 from triton_runs import INTERPRETED, device, passed_in_the_interpreter
 
-from compileclip.lowering.triton import BLOCK
-from compileclip.program import Program, dtype_of
+from compileclip.lowering.program import Program, dtype_of
+from compileclip.lowering.triton.triton_kernel import BLOCK
 
 __all__ = ["device"]  # a fixture
 SIZES = [1, BLOCK - 1, BLOCK, 2 * BLOCK + 5]

@@ -28,10 +28,10 @@ from torch.fx import Proxy
 from triton_runs import INTERPRETED
 from triton_targets import TARGETS, Code, compile_for, compile_once, compile_program, options_for
 
-from compileclip.lowering import triton_norm, triton_norm_kernels
-from compileclip.lowering.triton import BLOCK, Kernel, Tables
-from compileclip.lowering.triton_lists import ARGUMENTS, _writer, block_list, on_device
-from compileclip.program import Program, dtype_of
+from compileclip.lowering.program import Program, dtype_of
+from compileclip.lowering.triton import triton_norm, triton_norm_kernels
+from compileclip.lowering.triton.triton_kernel import BLOCK, Kernel, Tables
+from compileclip.lowering.triton.triton_lists import ARGUMENTS, _writer, block_list, on_device
 
 if INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)

@@ -12,7 +12,8 @@ from test_optim_db import all_params
 from torch.optim import NAdam, Optimizer, RAdam
 
 import compileclip
-from compileclip import kernels, work
+from compileclip.buckets import bucket_step
+from compileclip.multi_tensor import kernel_cache
 
 MAKERS: dict[str, Callable[..., Optimizer]] = {"NAdam": NAdam, "RAdam": RAdam}
 
@@ -42,7 +43,11 @@ def test_each_like_its_own(name: str) -> None:
 
 def test_the_second_records_once_and_checks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     counts: dict[str, int] = {}
-    for owner, name in ((work, "record"), (kernels, "check"), (kernels, "assemble")):
+    for owner, name in (
+        (bucket_step, "record"),
+        (kernel_cache, "check"),
+        (kernel_cache, "assemble"),
+    ):
         original = getattr(owner, name)
 
         def counted(*args: Any, _original: Any = original, _name: str = name) -> Any:
@@ -50,10 +55,10 @@ def test_the_second_records_once_and_checks_nothing(monkeypatch: pytest.MonkeyPa
             return _original(*args)
 
         monkeypatch.setattr(owner, name, counted)
-    monkeypatch.setattr(kernels, "_made", {})
-    monkeypatch.setattr(kernels, "_checked", set())
-    monkeypatch.setattr(work, "_known", {})
-    monkeypatch.setattr(work, "_formulas", {})
+    monkeypatch.setattr(kernel_cache, "_made", {})
+    monkeypatch.setattr(kernel_cache, "_checked", set())
+    monkeypatch.setattr(bucket_step, "_known", {})
+    monkeypatch.setattr(bucket_step, "_formulas", {})
     found = []
     for _ in range(3):
         opt = compileclip.wrap(torch.optim.AdamW(params_like([(3,)]), lr=0.1), 1.0)
@@ -73,8 +78,10 @@ def test_what_one_class_may_is_not_taken_for_another(monkeypatch: pytest.MonkeyP
             return super().step(closure)
 
     checks = []
-    original = kernels.check
-    monkeypatch.setattr(kernels, "check", lambda *args: (checks.append(args[0]), original(*args)))
+    original = kernel_cache.check
+    monkeypatch.setattr(
+        kernel_cache, "check", lambda *args: (checks.append(args[0]), original(*args))
+    )
     for _ in range(2):
         ours, theirs = (
             compileclip.wrap(cls(params_like([(3,)]), lr=0.1), 1.0, mode=mode, write_grads=False)

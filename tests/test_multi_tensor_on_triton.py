@@ -128,14 +128,14 @@ def test_step_counts_on_the_device(device: str) -> None:
 def test_one_launch_for_each_bucket_and_two_for_the_norm(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from compileclip.lowering import triton, triton_norm
+    from compileclip.lowering.triton import triton_kernel, triton_norm
 
     ours, _ = twins(MAKERS["AdamW"], device, torch.float32)
     for seed in range(3):
         set_grads(all_params(ours), seed)
         ours.step()
     launches = []
-    for owner, name in ((triton.Kernel, "__call__"), (triton_norm.Shares, "__init__")):
+    for owner, name in ((triton_kernel.Kernel, "__call__"), (triton_norm.Shares, "__init__")):
         original = getattr(owner, name)
 
         def counted(*args: Any, _original: Any = original, _name: str = name) -> Any:
@@ -192,12 +192,12 @@ def test_three_kernels_in_a_step(tensors: int) -> None:
 def test_a_kernel_that_cannot_be_compiled_is_refused(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from compileclip.lowering import triton
+    from compileclip.lowering.triton import triton_kernel
 
     def fail(*args: Any) -> None:
         raise RuntimeError("ptxas is missing")
 
-    monkeypatch.setattr(triton.Kernel, "__call__", fail)
+    monkeypatch.setattr(triton_kernel.Kernel, "__call__", fail)
     ours, theirs = twins(MAKERS["SGD"], device, torch.float32)
     for opt in (ours, theirs):
         set_grads(all_params(opt), 1)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from compileclip.lowering import native
-from compileclip.lowering.native import CompilerError
+from compileclip.native import native_build
+from compileclip.native.native_build import CompilerError
 
 SOURCE = 'extern "C" double twice(double x) { return 2 * x; }  // @'
 
@@ -20,11 +20,11 @@ SOURCE = 'extern "C" double twice(double x) { return 2 * x; }  // @'
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    native.load.cache_clear()
+    native_build.load.cache_clear()
 
 
 def twice(mark: str) -> float:
-    function = native.load(SOURCE.replace("@", mark)).twice
+    function = native_build.load(SOURCE.replace("@", mark)).twice
     function.restype, function.argtypes = ctypes.c_double, [ctypes.c_double]
     result: float = function(1.5)
     return result
@@ -37,8 +37,8 @@ def libraries(tmp_path: Path) -> list[Path]:
 def test_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert twice("once") == 3.0
     assert len(libraries(tmp_path)) == 1
-    native.load.cache_clear()
-    monkeypatch.setattr(native, "_compile", None)
+    native_build.load.cache_clear()
+    monkeypatch.setattr(native_build, "_compile", None)
     assert twice("once") == 3.0
 
 
@@ -108,7 +108,7 @@ def test_a_compiler_that_fails_or_hangs(
     compiler.write_text(f"#!/bin/sh\n{script}\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setattr(native, "TIMEOUT", 0.5)
+    monkeypatch.setattr(native_build, "TIMEOUT", 0.5)
     with pytest.raises(CompilerError, match=cause):
         twice(script)
     assert not libraries(tmp_path)
@@ -124,7 +124,7 @@ def test_a_folder_from_which_nothing_may_be_executed(monkeypatch: pytest.MonkeyP
     def refuse(path: str) -> None:
         raise OSError(f"{path}: failed to map segment from shared object")
 
-    monkeypatch.setattr(native.ctypes, "CDLL", refuse)
+    monkeypatch.setattr(native_build.ctypes, "CDLL", refuse)
     with pytest.raises(CompilerError, match=r"cannot be stored or loaded: .*failed to map"):
         twice("noexec")
 
@@ -134,5 +134,5 @@ def test_a_user_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyError("getpwuid(): uid not found: 12345")
 
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    monkeypatch.setattr(native.getpass, "getuser", nameless)
-    assert native.cache_folder().parent.name == f"torchinductor_{os.getuid()}"
+    monkeypatch.setattr(native_build.getpass, "getuser", nameless)
+    assert native_build.cache_folder().parent.name == f"torchinductor_{os.getuid()}"

@@ -12,9 +12,10 @@ from helpers import params_like
 from torch import nn
 
 import compileclip
-from compileclip import gather, native_torch, steady_step
+from compileclip.buckets import pointers
 from compileclip.fallback import FallbackWarning
-from compileclip.lowering import native
+from compileclip.multi_tensor import native_step
+from compileclip.native import native_build, native_tensors
 
 pytest.importorskip("triton")
 from stub_driver import Copied, Stub, stubbed
@@ -29,13 +30,13 @@ def opt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """An optimizer, two steps old; ``stub`` is the driver that Triton has."""
 
     def none(*_: Any) -> Any:
-        raise native.CompilerError("there is no C++ compiler", "install g++")
+        raise native_build.CompilerError("there is no C++ compiler", "install g++")
 
     with stubbed(monkeypatch) as stub, warnings.catch_warnings():
         warnings.simplefilter("error", FallbackWarning)
         warnings.filterwarnings("ignore", "gradients come to the step")
-        monkeypatch.setattr(targets.driver, "of", lambda _: None)
-        for module in (native_torch, gather, steady_step):
+        monkeypatch.setattr(targets.cuda_driver, "of", lambda _: None)
+        for module in (native_tensors, pointers, native_step):
             monkeypatch.setattr(module, "library", none)
             if hasattr(module, "has_library"):
                 monkeypatch.setattr(module, "has_library", lambda: False)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Muon, Optimizer, RMSprop
 
 import compileclip
-from compileclip import eager
+from compileclip.eager import eager_step
 
 OPTIMIZERS = {
     "adamw": lambda p: AdamW(p, lr=0.1),
@@ -50,7 +50,7 @@ def give(opt: Optimizer, step: int, bad: float | None = None) -> list[Tensor]:
 def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The CPU's fused kernels honour found_inf as a GPU's do, so they can stand for them."""
     if request.param == "on the device":
-        monkeypatch.setattr(eager, "_is_asynchronous", lambda device: True)
+        monkeypatch.setattr(eager_step, "_is_asynchronous", lambda device: True)
     return str(request.param)
 
 
@@ -82,7 +82,7 @@ def test_skip_on_the_device_does_not_read_the_norm(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the first step, which makes the state, nothing waits for the norm."""
-    monkeypatch.setattr(eager, "_is_asynchronous", lambda device: True)
+    monkeypatch.setattr(eager_step, "_is_asynchronous", lambda device: True)
     opt = make(name, nonfinite="skip")
     give(opt, 0)
     opt.step()

@@ -17,7 +17,8 @@ from norms import ORDERS, random, served, truth
 from torch import Tensor
 
 import compileclip
-from compileclip.lowering import CHUNK, norm
+from compileclip.lowering import CHUNK
+from compileclip.lowering.cpp import cpp_norm
 
 SIZES = [0, 1, 7, 8, 31, 32, 33, 1000, CHUNK - 1, CHUNK, CHUNK + 1, 100_003]
 
@@ -25,22 +26,22 @@ SIZES = [0, 1, 7, 8, 31, 32, 33, 1000, CHUNK - 1, CHUNK, CHUNK + 1, 100_003]
 def prepared(tensors: Sequence[Tensor], order: float = 2.0, threads: int = 1) -> Tensor:
     """The norm from addresses, in float64, so that no rounding hides a difference; -1 if none."""
     out = torch.full((), -1.0, dtype=torch.float64)
-    sizes, codes = [t.numel() for t in tensors], [norm.CODES[t.dtype] for t in tensors]
+    sizes, codes = [t.numel() for t in tensors], [cpp_norm.CODES[t.dtype] for t in tensors]
     counts, kinds = array("q", sizes), array("b", codes)
     pointers = array("Q", [t.data_ptr() for t in tensors])
-    first = norm.first_chunks(counts)
-    done = norm.norm_into(out, pointers, counts, first, kinds, order, threads)
+    first = cpp_norm.first_chunks(counts)
+    done = cpp_norm.norm_into(out, pointers, counts, first, kinds, order, threads)
     assert done == (out.item() != -1.0)
     if len(set(codes)) == 1:
         again, dtype = torch.full_like(out, -1.0), tensors[0].dtype
-        assert norm.norm_into(again, pointers, counts, None, dtype, order, threads) == done
+        assert cpp_norm.norm_into(again, pointers, counts, None, dtype, order, threads) == done
         assert same(again, out)
     return out
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("dtype", norm.CODES)
+@pytest.mark.parametrize("dtype", cpp_norm.CODES)
 def test_the_norm_is_the_true_one(dtype: torch.dtype, size: int, order: float) -> None:
     tensors = [random(size, dtype), random(50_000, dtype, seed=1)]
     for some in (tensors[:1], tensors):
@@ -71,7 +72,7 @@ def emulated(tensor: Tensor) -> float:
     return total
 
 
-@pytest.mark.parametrize("dtype", norm.CODES)
+@pytest.mark.parametrize("dtype", cpp_norm.CODES)
 def test_the_order_of_the_sums_is_fixed(dtype: torch.dtype) -> None:
     tensors = [random(n, dtype, seed=n) for n in (50_001, 5, 40_000)]
     first, second, third = (emulated(t) for t in tensors)
@@ -79,7 +80,7 @@ def test_the_order_of_the_sums_is_fixed(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("dtype", norm.CODES)
+@pytest.mark.parametrize("dtype", cpp_norm.CODES)
 def test_threads_and_grouping_leave_the_bits(dtype: torch.dtype, order: float) -> None:
     sizes = (0, 3, 70_001, 0, 0, 1, CHUNK, 2 * CHUNK, 5, 0)
     tensors = [random(n, dtype, seed=n) for n in sizes]
@@ -101,7 +102,7 @@ def test_threads_and_grouping_leave_the_bits(dtype: torch.dtype, order: float) -
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("dtype", norm.CODES)
+@pytest.mark.parametrize("dtype", cpp_norm.CODES)
 def test_nan_and_inf_propagate(dtype: torch.dtype, order: float) -> None:
     values, places, sizes = (math.nan, math.inf, -math.inf), (0, 8, 31, 40, 999, -1), (1000, 70_000)
     for value, place, size in itertools.product(values, places, sizes):

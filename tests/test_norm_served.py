@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import compileclip
-from compileclip import reference
-from compileclip.lowering import native, norm
+from compileclip.eager import reference
+from compileclip.lowering.cpp import cpp_norm
+from compileclip.native import native_build
 
 
 def layouts() -> list[Any]:
@@ -62,20 +63,20 @@ def refused() -> list[Any]:
 
 @pytest.mark.parametrize(("tensor", "order"), refused())
 def test_what_is_left_to_torchs_operators(tensor: Tensor, order: float) -> None:
-    assert norm.total_norm([tensor], order) is None
-    assert norm.total_norm([random(3), tensor], order) is None
+    assert cpp_norm.total_norm([tensor], order) is None
+    assert cpp_norm.total_norm([random(3), tensor], order) is None
 
 
 def test_tensors_without_data_are_left_to_torch() -> None:
     meta = torch.ones(3, device="meta")
-    assert norm.total_norm([meta], 2.0) is None
+    assert cpp_norm.total_norm([meta], 2.0) is None
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(random(3))
         assert isinstance(reference.total_norm([fake], 2.0), type(fake))
-    assert norm.total_norm([fake], 2.0) is None
+    assert cpp_norm.total_norm([fake], 2.0) is None
 
     def refuses(x: Tensor) -> Tensor:
-        assert norm.total_norm([x], 2.0) is None
+        assert cpp_norm.total_norm([x], 2.0) is None
         return x.sum()
 
     torch.vmap(refuses)(random(12).view(3, 4))
@@ -105,8 +106,8 @@ def test_default_device_and_compiled_graph() -> None:
 
 
 def forget() -> None:
-    norm.available.cache_clear()
-    native.load.cache_clear()
+    cpp_norm.available.cache_clear()
+    native_build.load.cache_clear()
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/g++", "/bin/false"])
@@ -116,13 +117,13 @@ def test_no_compiler(compiler: str, monkeypatch: pytest.MonkeyPatch, recwarn: An
     forget()
     try:
         monkeypatch.setenv("CXX", compiler)
-        assert norm.total_norm(tensors, 2.0) is None
+        assert cpp_norm.total_norm(tensors, 2.0) is None
         assert compileclip.get_total_norm(tensors).item() == expected
         monkeypatch.delenv("CXX")
-        assert norm.total_norm(tensors, 2.0) is None  # it is tried once
+        assert cpp_norm.total_norm(tensors, 2.0) is None  # it is tried once
     finally:
         forget()
     assert not recwarn.list  # nobody asked for a kernel
-    assert norm.total_norm(tensors, 2.0) is not None
+    assert cpp_norm.total_norm(tensors, 2.0) is not None
     monkeypatch.setenv("COMPILECLIP_DISABLE", "1")
-    assert norm.total_norm(tensors, 2.0) is None
+    assert cpp_norm.total_norm(tensors, 2.0) is None

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.fx import Graph, GraphModule, Node
 
 import compileclip
-from compileclip.ops import NotRewrittenError
+from compileclip.eager.operators import NotRewrittenError
 from compileclip.passes.insert_norm_and_scale import InsertNormAndScale
 from compileclip.passes.lift_scalars import LiftScalars
 

@@ -12,7 +12,7 @@ from torch.fx import graph_module
 from torch.optim import SGD, AdamW
 
 import compileclip
-from compileclip.patience import ENOUGH, REST, TRIES, Patience
+from compileclip.multi_tensor.plan_backoff import ENOUGH, REST, TRIES, Patience
 
 SHAPES = [(3, 4), (5,), (2, 3, 2), (7,)]
 

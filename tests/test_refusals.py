@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import compileclip
+from compileclip.validation import BOUNDS
 
 KEYS = ["max_norm", "norm_type", "norm_group", "max_grad_norm", "clip_value"]
 
@@ -72,17 +73,6 @@ def test_a_bound_of_a_group_that_comes_later(mode: str, key: str, steps: int) ->
         del opt.param_groups[1:]
         opt.load_state_dict(state)
     opt.step()
-
-
-def test_a_bound_in_the_place_of_another_key() -> None:
-    params = params_like([(3,)])
-    opt = compileclip.wrap(SGD([{"params": params, "note": 1}], lr=0.1), 1.0)
-    set_grads(params, 0)
-    opt.step()
-    del opt.param_groups[0]["note"]
-    opt.param_groups[0]["max_norm"] = 0.1
-    with pytest.raises(ValueError, match=r"max_norm=0\.1, which would be ignored"):
-        opt.step()
 
 
 def _with(state: dict[str, Any], key: str) -> dict[str, Any]:
@@ -172,6 +162,7 @@ def test_a_hyperparameter_of_the_optimizer_is_its_own() -> None:
         (torch.tensor(1.0), "is a tensor, whose value would be read now"),
         (True, "is no number"),
         ("1.0", "is no number"),
+        (np.array(1.0), "is no number"),
     ],
 )
 def test_a_bound_that_is_no_number(name: str, value: Any, reason: str) -> None:
@@ -280,6 +271,37 @@ def test_fsdp1(use_orig_params: bool, alone: None) -> None:
         with pytest.raises(ValueError, match="one rank's part, of FSDP1"):
             early.step()
         assert all(map(torch.equal, before, sharded.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+def test_an_optimizer_of_some_parameters(alone: None) -> None:
+    """Each rank of a ``ZeroRedundancyOptimizer`` makes one."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = nn.parallel.DistributedDataParallel(nn.Linear(4, 3))
+    for kind in (compileclip.clipped(SGD, 1.0), lambda p, **k: compileclip.wrap(SGD(p, **k), 1.0)):
+        with pytest.raises(ValueError, match=r"wrap that: compileclip.wrap\(ZeroRedundancyOpt"):
+            ZeroRedundancyOptimizer(model.parameters(), kind, lr=0.1)
+    opt = compileclip.wrap(ZeroRedundancyOptimizer(model.parameters(), SGD, lr=0.1), 1.0)
+    model(torch.ones(2, 4)).sum().backward()
+    opt.step()
+    assert opt.total_norm > 1.0
+
+
+@pytest.mark.parametrize("key", sorted(BOUNDS))
+def test_a_bound_in_the_place_of_another_key(key: str) -> None:
+    """As many keys as before."""
+    params = params_like([(3,)])
+    opt = compileclip.wrap(SGD([{"params": params, "name": "all"}], lr=0.1), 1.0)
+    for step in range(3):
+        set_grads(params, step)
+        opt.step()
+    group = opt.param_groups[0]
+    del group["name"]
+    group[key] = 0.1
+    with pytest.raises(ValueError, match=f"{key}=0.1, which would be ignored"):
+        opt.step()
 
 
 @pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping", "tensor_model_parallel", "_is_sharded"])

@@ -13,12 +13,14 @@ from norms import random
 from torch import Tensor
 
 import compileclip
-from compileclip import reference
-from compileclip.lowering import CHUNK, native, scale
+from compileclip.eager import reference
+from compileclip.lowering import CHUNK
+from compileclip.lowering.cpp import cpp_scale
+from compileclip.native import native_build
 
 FACTORS = [0.3, 1 / 3, float("nan")]
 FACTOR = torch.tensor(FACTORS[0])
-DTYPES = sorted(scale.SERVED, key=str)
+DTYPES = sorted(cpp_scale.SERVED, key=str)
 # Of one thread, of several, of several chunks, and such that threads meet inside a tensor.
 SIZES = [(1,), (0, 5, 31, 100), (CHUNK, CHUNK + 1, 0, 7), (7, 5 * CHUNK - 3, 3 * CHUNK)]
 
@@ -42,7 +44,7 @@ def test_as_torch(
     by = torch.tensor(factor, dtype=dtype)
     expected = as_torch(tensors, by)
     torch.set_num_threads(threads)
-    assert scale.scale_(tensors, by)
+    assert cpp_scale.scale_(tensors, by)
     assert all(map(same, tensors, expected))
 
 
@@ -61,7 +63,7 @@ def test_numbers_at_the_ends(dtype: torch.dtype) -> None:
         tensor = torch.tensor(numbers * 5, dtype=dtype)
         by = torch.tensor(factor, dtype=dtype)
         expected = as_torch([tensor], by)
-        assert scale.scale_([tensor], by)
+        assert cpp_scale.scale_([tensor], by)
         assert same(tensor, expected[0])
 
 
@@ -89,7 +91,7 @@ def test_layouts_that_are_served(make: Callable[[Tensor], Tensor]) -> None:
     inside = torch.zeros(240, dtype=torch.bool)
     if tensor.untyped_storage().data_ptr() == base.untyped_storage().data_ptr():
         inside.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
-    assert scale.scale_([around[0], tensor, around[1]], FACTOR)
+    assert cpp_scale.scale_([around[0], tensor, around[1]], FACTOR)
     assert all(map(same, [around[0], tensor, around[1]], expected))
     assert same(base[~inside], outside[~inside])
 
@@ -115,9 +117,9 @@ def refused() -> list[Any]:
 def test_what_is_left_to_torchs_operators(tensor: Tensor) -> None:
     others = [random(3), random(5)]
     before = [t.clone() for t in others]
-    assert not scale.scale_([others[0], tensor, others[1]], FACTOR)
-    assert not scale.scale_(others, FACTOR.to("meta"))
-    assert not scale.scale_(others, FACTOR.double())
+    assert not cpp_scale.scale_([others[0], tensor, others[1]], FACTOR)
+    assert not cpp_scale.scale_(others, FACTOR.to("meta"))
+    assert not cpp_scale.scale_(others, FACTOR.double())
     assert all(map(same, others, before))
 
 
@@ -129,7 +131,7 @@ def test_tensors_that_share_memory(shift: int) -> None:
     for view in (expected[: 8 * CHUNK], expected[shift:]):
         view.mul_(FACTOR)
     apart = random(CHUNK, seed=1)
-    assert scale.scale_([base[shift:], apart, base[: 8 * CHUNK]], FACTOR)
+    assert cpp_scale.scale_([base[shift:], apart, base[: 8 * CHUNK]], FACTOR)
     assert same(base, expected)
 
 
@@ -145,13 +147,13 @@ def test_several_dtypes() -> None:
 def test_who_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clipping does, but for ``foreach=False``; what autograd saved before is known as written."""
     taken: list[int] = []
-    serve = scale.scale_
+    serve = cpp_scale.scale_
 
     def recorded(tensors: Sequence[Tensor], factor: Tensor) -> bool:
         taken.append(len(tensors))
         return serve(tensors, factor)
 
-    monkeypatch.setattr(scale, "scale_", recorded)
+    monkeypatch.setattr(cpp_scale, "scale_", recorded)
     params = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 4)]
     for foreach, calls in ((None, [2]), (True, [2, 2]), (False, [2, 2])):
         for p in params:
@@ -167,20 +169,20 @@ def test_who_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def forget() -> None:
-        scale.available.cache_clear()
-        native.load.cache_clear()
+        cpp_scale.available.cache_clear()
+        native_build.load.cache_clear()
 
     tensor = random(9)
     expected = as_torch([tensor], FACTOR)
     forget()
     try:
         monkeypatch.setenv("CXX", "/nowhere/g++")
-        assert not scale.scale_([tensor], FACTOR)
+        assert not cpp_scale.scale_([tensor], FACTOR)
         reference.scale_([tensor], FACTOR)
         assert same(tensor, expected[0])
     finally:
         forget()
     monkeypatch.delenv("CXX")
-    assert scale.scale_([tensor], FACTOR)
+    assert cpp_scale.scale_([tensor], FACTOR)
     monkeypatch.setenv("COMPILECLIP_DISABLE", "1")
-    assert not scale.scale_([tensor], FACTOR)
+    assert not cpp_scale.scale_([tensor], FACTOR)

@@ -14,8 +14,8 @@ from torch._inductor import config
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from compileclip import reference
-from compileclip.inductor_config import patches
+from compileclip.eager import reference
+from compileclip.graph.inductor_passes import patches
 from compileclip.passes.share_norm import LARGE, ShareNorm
 
 TOTAL_NORM = torch.ops.compileclip.total_norm

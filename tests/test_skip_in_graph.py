@@ -15,8 +15,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.torch_version import TorchVersion
 
-from compileclip import backend, fallback
+from compileclip import fallback
 from compileclip.fallback import FallbackWarning
+from compileclip.graph import backend
 
 CASES: list[tuple[str, bool | None]] = [(name, None) for name in OPTIMIZERS]
 CASES += [("AdamW", True), ("AdamW", False), ("SGD", True), ("SGD", False)]

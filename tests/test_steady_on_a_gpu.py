@@ -15,7 +15,7 @@ from test_optim_db import all_params
 from torch import nn
 
 import compileclip
-from compileclip.lowering import gpu_list
+from compileclip.native import native_foreach
 
 pytestmark = pytest.mark.gpu
 
@@ -235,7 +235,7 @@ def test_functions(call: str, dtype: torch.dtype, order: float) -> None:
     """Each by Triton's launcher, and then without it: the same bits, on whatever stream."""
     if order != 2 and call.startswith(("clip_grads", "clip_grad_value")):
         pytest.skip("no order")
-    gpu_list._entries.clear()
+    native_foreach._entries.clear()
     shapes = [(37, 5), (), (40000,), (0, 3), (2, 3, 4)] * 20
     sources = [torch.randn(s, device="cuda").to(dtype) for s in shapes]
     found = []
@@ -244,12 +244,12 @@ def test_functions(call: str, dtype: torch.dtype, order: float) -> None:
         for p, source in zip(params, sources, strict=True):
             p.grad = source.clone()
         torch.cuda.synchronize()
-        known = len(gpu_list._entries)
+        known = len(native_foreach._entries)
         with torch.cuda.stream(stream or torch.cuda.current_stream()):
             norm = FUNCTIONS[call](params, order)
         torch.cuda.synchronize()
         found.append([p.grad for p in params] + ([] if norm is None else [norm]))
-        assert len(found) == 1 or len(gpu_list._entries) == known, "compiled again"
-    assert gpu_list._entries
+        assert len(found) == 1 or len(native_foreach._entries) == known, "compiled again"
+    assert native_foreach._entries
     for other in found[1:]:
         assert all(map(same, found[0], other))

@@ -11,9 +11,9 @@ import torch
 from helpers import params_like
 
 import compileclip
-from compileclip import native_torch, tensor_layout
 from compileclip.lowering import threads
-from compileclip.native_torch import Library, library
+from compileclip.native import native_tensors, tensor_layout
+from compileclip.native.native_tensors import Library, library
 
 SAME, LAYOUT, STALE = range(3)
 SHAPES = [(3, 4), (), (2, 1, 3, 1, 2, 2), (0, 5), (7,), (1,)]
@@ -24,8 +24,8 @@ def native(request: Any, monkeypatch: pytest.MonkeyPatch) -> Library:
     if request.param == "where torch keeps it":
         return library()
     library()  # which others have, made before
-    monkeypatch.setattr(native_torch, "layout_of_tensors", lambda: tensor_layout.NOTHING)
-    monkeypatch.setattr(native_torch, "tag_of_dicts", lambda: 0)
+    monkeypatch.setattr(native_tensors, "layout_of_tensors", lambda: tensor_layout.NOTHING)
+    monkeypatch.setattr(native_tensors, "tag_of_dicts", lambda: 0)
     return Library()
 
 

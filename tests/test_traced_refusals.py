@@ -22,8 +22,8 @@ from test_traced_parameters import (
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from compileclip import leaves
 from compileclip.fallback import FallbackWarning
+from compileclip.graph import backward_leaves
 
 __all__ = ["_fresh", "one_graph"]
 
@@ -47,10 +47,10 @@ def test_another_version_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """What cannot be patched leaves one graph, and is not run with gradients lost."""
     patched = torch._dynamo.variables.builder.get_static_address_type
     monkeypatch.delattr(torch._dynamo.variables.builder, "get_static_address_type")
-    assert not leaves.patch_dynamo()
+    assert not backward_leaves.patch_dynamo()
     ours, theirs = (Run(zeroes_first) for _ in range(2))
     monkeypatch.setattr(torch._dynamo.variables.builder, "get_static_address_type", patched, False)
-    monkeypatch.setattr("compileclip.training_step.patch_dynamo", lambda: False)
+    monkeypatch.setattr("compileclip.graph.training_step.patch_dynamo", lambda: False)
     compile_step(ours)
     with pytest.warns(FallbackWarning, match="graph breaks: torch .* keeps elsewhere"):
         train(ours, theirs)
@@ -160,7 +160,7 @@ def test_parameters_that_became_constants_are_noticed(
         return step
 
     ours, theirs = (Run(layout) for _ in range(2))
-    monkeypatch.setattr(leaves.Leaves, "stay_inputs", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(backward_leaves.Leaves, "stay_inputs", lambda _: contextlib.nullcontext())
     for p in ours.params[mark]:
         torch._dynamo.mark_static_address(p, guard=True)
     compile_step(ours)

@@ -17,12 +17,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from compileclip.lowering.triton import AMD_OPTIONS, BLOCK, OPTIONS
-from compileclip.lowering.triton_lists import block_list
-from compileclip.lowering.triton_module import load
-from compileclip.lowering.triton_norm import SECOND
-from compileclip.lowering.triton_source import source
-from compileclip.program import Program, dtype_of
+from compileclip.lowering.program import Program, dtype_of
+from compileclip.lowering.triton.triton_kernel import AMD_OPTIONS, BLOCK, OPTIONS
+from compileclip.lowering.triton.triton_lists import block_list
+from compileclip.lowering.triton.triton_module import load
+from compileclip.lowering.triton.triton_norm import SECOND
+from compileclip.lowering.triton.triton_source import source
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

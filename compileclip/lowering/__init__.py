@@ -1,4 +1,9 @@
-"""Kernels that step graphs become: C++ on a CPU, Triton on a GPU."""
+"""Kernels that programs become: C++ on a CPU, Triton on a GPU.
+
+In: a ``Program``, a list of tensors. Out: kernels, and what launches them. Read ``program.py`` and
+``target.py`` first: what is lowered, and what a kind of device has to offer. ``targets.py`` has
+both kinds, by way of the packages ``cpp`` and ``triton``.
+"""
 
 from __future__ import annotations
 

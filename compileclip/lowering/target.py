@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from compileclip.lowering.driver import Driver, Launch
-from compileclip.program import Program
+from compileclip.lowering.program import Program
+from compileclip.native.cuda_driver import Driver, Launch
 
 if TYPE_CHECKING:
-    from compileclip.plan import Plan
-    from compileclip.work import Work
+    from compileclip.buckets.bucket_step import Work
+    from compileclip.buckets.step_plan import Plan
 
 
 class Addresses(Protocol):

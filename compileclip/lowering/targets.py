@@ -11,20 +11,16 @@ import torch
 from torch import Tensor
 
 from compileclip.fallback import UnsupportedError, warn_fallback
-from compileclip.lowering import (
-    cpp,
-    driver,
-    norm,
-    threads,
-    why_no_kernels,
-)
-from compileclip.lowering.driver import Driver, Launch
+from compileclip.lowering import threads, why_no_kernels
+from compileclip.lowering.cpp import cpp_kernel, cpp_norm
+from compileclip.lowering.program import Program
 from compileclip.lowering.target import Addresses, Ended, Norm, Target
-from compileclip.program import Program
+from compileclip.native import cuda_driver
+from compileclip.native.cuda_driver import Driver, Launch
 
 if TYPE_CHECKING:
-    from compileclip.plan import Plan
-    from compileclip.work import Work
+    from compileclip.buckets.bucket_step import Work
+    from compileclip.buckets.step_plan import Plan
 
 
 def of(device: torch.device) -> Target:
@@ -50,13 +46,13 @@ class Cpu:
         """It never is."""
         return False
 
-    def kernel(self, program: Program) -> cpp.Kernel:
+    def kernel(self, program: Program) -> cpp_kernel.Kernel:
         """See ``Target``."""
-        return cpp.Kernel(program)
+        return cpp_kernel.Kernel(program)
 
     def extent(self, sizes: array[int]) -> tuple[array[int], array[int]]:
         """The sizes, and the running sum of numbers of chunks."""
-        return sizes, norm.first_chunks(sizes)
+        return sizes, cpp_norm.first_chunks(sizes)
 
     def resident(self, table: Addresses) -> array[int]:
         """Nothing is to be done."""
@@ -67,7 +63,7 @@ class Cpu:
 
     def launch(
         self,
-        kernel: cpp.Kernel,
+        kernel: cpp_kernel.Kernel,
         resident: array[int],
         extent: tuple[array[int], array[int]],
         scalars: Sequence[float],
@@ -83,14 +79,14 @@ class Cpu:
 
     def total_norm(self, plan: Plan, works: Sequence[Work], norm_type: float) -> Norm | None:
         """As ``get_total_norm`` takes it, to the bit: in the order of the parameters."""
-        if len(plan.dtypes) != 1 or not plan.dtypes <= norm.SERVED.get(norm_type, set()):
+        if len(plan.dtypes) != 1 or not plan.dtypes <= cpp_norm.SERVED.get(norm_type, set()):
             return None
         (dtype,) = plan.dtypes
         out = torch.empty((), dtype=torch.promote_types(dtype, torch.float32), device=self.device)
         extent = (plan.sizes, plan.first_chunk)
         args = (plan.grads, *extent, dtype, norm_type, threads())
         # In a mode that fakes tensors there is no memory to write.
-        return Ended(out) if type(out) is Tensor and norm.norm_into(out, *args) else None
+        return Ended(out) if type(out) is Tensor and cpp_norm.norm_into(out, *args) else None
 
 
 class Gpu:
@@ -100,7 +96,7 @@ class Gpu:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.driver: Driver | None = driver.of(device)
+        self.driver: Driver | None = cuda_driver.of(device)
         self._takes_norm = True
         self._norm_type = 2.0  # of the last norm
 
@@ -110,15 +106,15 @@ class Gpu:
 
     def kernel(self, program: Program) -> Any:
         """See ``Target``."""
-        from compileclip.lowering import triton  # it loads the compiler
+        from compileclip.lowering.triton import triton_kernel  # it loads the compiler
 
-        return triton.Kernel(program)
+        return triton_kernel.Kernel(program)
 
     def extent(self, sizes: array[int]) -> Extent:
         """The sizes, and the lists of blocks of the update and the norm."""
-        from compileclip.lowering.triton import BLOCK
-        from compileclip.lowering.triton_lists import block_list, on_device
-        from compileclip.lowering.triton_norm import CHUNK
+        from compileclip.lowering.triton.triton_kernel import BLOCK
+        from compileclip.lowering.triton.triton_lists import block_list, on_device
+        from compileclip.lowering.triton.triton_norm import CHUNK
 
         return Extent(
             on_device(sizes, self.device),
@@ -128,7 +124,7 @@ class Gpu:
 
     def resident(self, table: Addresses) -> Tensor:
         """See ``Target``; it stays where it is, for a CUDA graph reads it again."""
-        from compileclip.lowering.triton_lists import on_device, write_addresses
+        from compileclip.lowering.triton.triton_lists import on_device, write_addresses
 
         resident = on_device(table.addresses, self.device)
         if self.driver is None:  # by the kernel that a capture takes: there is no compiling then
@@ -137,7 +133,7 @@ class Gpu:
 
     def refresh(self, resident: Tensor, table: Addresses) -> Any:
         """See ``Target``."""
-        from compileclip.lowering.triton_lists import pinned, write_addresses
+        from compileclip.lowering.triton.triton_lists import pinned, write_addresses
 
         addresses, place = table.addresses[table.grads], resident[table.grads]
         capturing = self.is_capturing()  # a replay copies what then is in the host's memory
@@ -162,8 +158,8 @@ class Gpu:
         norm: Norm,
     ) -> list[Launch]:
         """See ``Target``."""
-        from compileclip.lowering.triton import Tables
-        from compileclip.lowering.triton_norm import Shares
+        from compileclip.lowering.triton.triton_kernel import Tables
+        from compileclip.lowering.triton.triton_norm import Shares
 
         shares = norm if isinstance(norm, Shares) else Shares.ended(norm.end(), self._norm_type)
         slots = extent.slots_for(kernel)
@@ -173,7 +169,7 @@ class Gpu:
 
     def total_norm(self, plan: Plan, works: Sequence[Work], norm_type: float) -> Norm | None:
         """Bucket by bucket; not ended."""
-        from compileclip.lowering.triton_norm import ORDERS, List, Shares
+        from compileclip.lowering.triton.triton_norm import ORDERS, List, Shares
 
         self._norm_type = norm_type
         if norm_type not in ORDERS or not self._takes_norm:

@@ -1,0 +1,239 @@
+"""``python -m bench.publish``: the tables of docs/benchmarks.md, from the committed results.
+
+In that page, what lies between ``<!-- bench:step -->`` (or ``train``, ``scaling``) and
+``<!-- /bench -->`` is replaced by what ``bench/results/*/*.json`` hold of that command; with
+``bench:step cuda`` (or ``cpu``) by what they hold of that kind of device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from tabulate import tabulate
+
+from bench.environment import ROOT, device_type, headline
+from bench.results import CaseResult, Report, RowResult, read
+from bench.rows import BASELINE, NAMES, OURS
+from bench.shapes import label
+from bench.tables import (
+    microseconds,
+    milliseconds,
+    percent,
+    ratio,
+    seconds,
+    share_of_training,
+    spread,
+)
+
+PAGE = ROOT / "docs" / "benchmarks.md"
+RESULTS = Path(__file__).parent / "results"
+BLOCK = re.compile(r"(<!-- bench:(\w+)(?: (\w+))? -->\n).*?(<!-- /bench -->)", re.DOTALL)
+NOTHING = "–"  # noqa: RUF001  # a dash, not a minus
+ONE_FIGURE = (
+    "By an older method: from an idle GPU until it was done, host and GPU in one figure, so that "
+    "short steps show the host."
+)
+STOCK = ("clip + for-loop", "clip + foreach", BASELINE)
+TRAINED, FUSED = "compileclip", "torch, fused"  # rows of ``bench train``
+ONE_GRAPH = "torch.compile, one graph"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the tables into the page, or check that they are there.
+
+    Returns:
+        The exit status: 1 if ``--check`` found a difference or a file is not as expected.
+    """
+    parser = argparse.ArgumentParser(prog="python -m bench.publish", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing, and compare")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    try:
+        before = args.page.read_text()
+        after = render(before, args.results)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    if args.check and after != before:
+        print(f"{args.page} differs from {args.results}: run python -m bench.publish")
+        return 1
+    if not args.check:
+        args.page.write_text(after)
+    return 0
+
+
+def render(text: str, results: Path) -> str:
+    """``text`` with each block's tables as the files in ``results`` have them.
+
+    Raises:
+        ValueError: a block names no command, or a file is no result.
+    """
+    paths = sorted(results.glob("*/*.json"), key=lambda path: (path.parent, path.stem))
+    reports = [read(path) for path in paths]
+
+    def block(found: re.Match[str]) -> str:
+        command, kind = found.group(2, 3)
+        if command not in RENDER:
+            raise ValueError(f"<!-- bench:{command} --> is none of {', '.join(RENDER)}")
+        of_command = [report for report in reports if report.command == command]
+        kinds = [(report, device_type(report.environment)) for report in of_command]
+        parts = [RENDER[command](report) for report, own in kinds if kind in (None, own)]
+        body = "\n\n".join(parts) or "No results yet."
+        return f"{found.group(1)}\n{body}\n\n{found.group(4)}"
+
+    return BLOCK.sub(block, text)
+
+
+def step(report: Report) -> str:
+    """Per dtype: rows against shapes for the first optimizer, then optimizers against shapes."""
+    cases = [case for case in report.cases if case.rows]
+    parts = [_about(report, f"median ms, and times as fast as {BASELINE} in parentheses")]
+    for dtypes in dict.fromkeys(case.case["dtypes"] for case in cases):
+        of_dtype = [case for case in cases if case.case["dtypes"] == dtypes]
+        optimizers = list(dict.fromkeys(case.case["optimizer"] for case in of_dtype))
+        if len(optimizers) == 1:
+            parts.append(_rows_by_shapes(of_dtype, f"{optimizers[0]}, {dtypes}"))
+        else:
+            parts.append(_optimizers_by_shapes(of_dtype, dtypes, optimizers))
+    return "\n\n".join(parts)
+
+
+def train(report: Report) -> str:
+    """Rows with the training step and its part for clip and step."""
+    (case,) = report.cases
+    measured = [row for row in case.rows if row.median_ms is not None]
+    lines = [
+        [
+            row.name,
+            milliseconds(row.median_ms),
+            milliseconds(spread(row)),
+            ratio(row.ratio),
+            milliseconds(row.update_ms),
+            percent(share_of_training(row)),
+        ]
+        for row in measured
+    ]
+    headers = ["clip and step by", "training step, ms", "IQR, ms", "times as fast"]
+    headers += ["clip and step, ms", "part of the step"]
+    table = f"{_about(report, case.title)}\n\n{_markdown(lines, headers)}"
+    ours = next((row for row in measured if row.name == TRAINED and row.ratio), None)
+    if ours is None or not ours.ratio:
+        return table
+    less = 100 * (1 - 1 / ours.ratio)
+    word = "less" if less >= 0 else "more"
+    whole = f"In all, training took {abs(less):.1f} % {word} time with {TRAINED} than with {FUSED}."
+    return f"{table}\n\n{whole}"
+
+
+def scaling(report: Report) -> str:
+    """Sizes with both times, and with first steps."""
+    hidden = any(case.host_hidden for case in report.cases)
+    lines = []
+    for case in report.cases:
+        ours, stock, graph = (_find(case, name) for name in (OURS, BASELINE, ONE_GRAPH))
+        if ours is None or stock is None:
+            continue
+        cells = [f"{case.case['tensors']:,}", f"{case.case['elements']:,}"]
+        for row in (stock, ours):
+            cells += [milliseconds(row.median_ms), *([microseconds(row.host_us)] if hidden else [])]
+        cells += [ratio(ours.ratio), *([ratio(ours.host_ratio)] if hidden else [])]
+        firsts = [seconds(row.first_cold_s if row else None) for row in (graph, ours)]
+        lines.append([*cells, percent(ours.share_of_limit), *firsts])
+    headers = ["tensors", "parameters"]
+    if hidden:
+        headers += [f"{name}, {of}" for name in (BASELINE, OURS) for of in ("GPU ms", "host µs")]
+        headers += ["GPU, times as fast", "host, times as fast"]
+    else:
+        headers += [f"{BASELINE}, ms", f"{OURS}, ms", "times as fast"]
+    headers += ["share of the limit", f"first step of {ONE_GRAPH}, s", f"of {OURS}, s"]
+    return f"{_about(report, _work(report))}\n\n{_markdown(lines, headers)}"
+
+
+RENDER: dict[str, Callable[[Report], str]] = {"step": step, "train": train, "scaling": scaling}
+
+
+def _about(report: Report, what: str) -> str:
+    measured = [case for case in report.cases if case.rounds]
+    rounds = min((case.rounds for case in measured), default=report.method.get("repetitions"))
+    processes = min((case.processes for case in measured), default=1)
+    times = f"; medians of at least {rounds}, in turns" if rounds else ""
+    times += f", in at least {processes} processes" if processes > 1 else ""
+    about = f"{headline(report.environment)}{times}; {what}:"
+    old = report.command != "train" and device_type(report.environment) == "cuda"
+    old = old and not any(case.host_hidden for case in measured)
+    return f"{about}\n\n{ONE_FIGURE}" if old else about
+
+
+def _work(report: Report) -> str:
+    case = report.cases[0].case
+    return f"{case['optimizer']}, {case['dtypes']}"
+
+
+def _rows_by_shapes(cases: Sequence[CaseResult], what: str) -> str:
+    lines = []
+    for name in NAMES:
+        cells = [cell for case in cases for cell in _cells(case, _find(case, name))]
+        if any(cell != NOTHING for cell in cells):
+            lines.append([name, *cells])
+    headers = []
+    for case in cases:
+        shown = label(case.case["shapes"])
+        headers += [f"{shown}, GPU ms", "host µs"] if case.host_hidden else [shown]
+    return _markdown(lines, [what, *headers])
+
+
+def _optimizers_by_shapes(
+    cases: Sequence[CaseResult], dtypes: str, optimizers: Iterable[str]
+) -> str:
+    shapes = list(dict.fromkeys(case.case["shapes"] for case in cases))
+    by_key = {(case.case["optimizer"], case.case["shapes"]): case for case in cases}
+    lines = [
+        [optimizer, *[_versus(by_key.get((optimizer, name))) for name in shapes]]
+        for optimizer in optimizers
+    ]
+    what = f"torch's fastest two calls / {OURS}, {dtypes}"
+    return _markdown(lines, [what, *[label(name) for name in shapes]])
+
+
+def _cell(row: RowResult | None) -> str:
+    if row is None or row.status in ("not run", "failed"):
+        return NOTHING
+    if row.median_ms is None:
+        return row.status
+    return milliseconds(row.median_ms) + (f" ({ratio(row.ratio)})" if row.ratio else "")
+
+
+def _cells(case: CaseResult, row: RowResult | None) -> list[str]:
+    if not case.host_hidden:
+        return [_cell(row)]
+    if row is None or row.host_us is None:
+        return [_cell(row), NOTHING]
+    host = microseconds(row.host_us) + (f" ({ratio(row.host_ratio)})" if row.host_ratio else "")
+    return [_cell(row), host]
+
+
+def _versus(case: CaseResult | None) -> str:
+    ours = case and case.row(OURS)
+    stock = [row.median_ms for name in STOCK if case and (row := case.row(name)) and row.median_ms]
+    if not ours or not ours.median_ms or not stock:
+        return NOTHING
+    times = f"{milliseconds(min(stock))} / {milliseconds(ours.median_ms)}"
+    return f"{times} = {min(stock) / ours.median_ms:.2f}"
+
+
+def _find(case: CaseResult, name: str) -> RowResult | None:
+    return next((row for row in case.rows if row.name == name), None)
+
+
+def _markdown(lines: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
+    align = ["left", *["right"] * (len(headers) - 1)]
+    return tabulate(lines, headers, tablefmt="pipe", disable_numparse=True, colalign=align)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
