@@ -43,7 +43,8 @@ def wrap(
 
     Args:
         optimizer: any ``torch.optim.Optimizer`` whose step needs no closure. The wrapper shares its
-            parameter groups, its state and its hooks; from here on, use the wrapper.
+            parameter groups, its state and its hooks; from here on, use the wrapper. The step is
+            that of its class: one put in its place on the object is not called.
         max_norm: the largest total norm that gradients keep. ``None`` clips nothing, and the norm
             is measured all the same. May be set anew at any time: ``opt.max_norm = 0.5``.
         norm_type: the order p of the norm, ``inf`` included.

@@ -18,9 +18,9 @@ QUICK = "tests/test_functional.py tests/test_functional_as_torch.py tests/test_w
 
 # (what, file, old text, new text, tests)
 MUTANTS = [
-    ("epsilon", "eager/reference.py", "+ 1e-6), max", "+ 1e-5), max", QUICK),
-    ("clamp", "eager/reference.py", "torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)",
-     "max_norm / (total_norm + 1e-6)", QUICK),
+    ("epsilon", "eager/reference.py", "+ 1e-6) * max", "+ 1e-5) * max", QUICK),
+    ("clamp", "eager/reference.py", "torch.clamp(torch.reciprocal(total_norm + 1e-6) * max_norm, max=1.0)",
+     "torch.reciprocal(total_norm + 1e-6) * max_norm", QUICK),
     ("order p of the last norm", "eager/reference.py",
      "torch.linalg.vector_norm(torch.stack(norms), norm_type)",
      "torch.linalg.vector_norm(torch.stack(norms), 2.0)", QUICK),

@@ -33,8 +33,7 @@ NUMBER = (bool, int, float, type(None))  # in state
 # the same for other shapes, whether they can be rehearsed, and by which formula.
 _known: dict[Any, bool] = {}
 _formulas: dict[Any, Formula] = {}
-# A step that decides otherwise every few steps would cost more than it saves.
-_FORMULAS = 8
+_FORMULAS = 8  # of one bucket: more would cost more than they save
 
 
 class Work:
@@ -100,6 +99,12 @@ class Work:
     def made(self) -> dict[str, Any]:
         """What state this step makes, as a shadow has it."""
         return {k: v for k, v in self.state.items() if k not in self.bucket.known}
+
+    def keep_state(self) -> None:
+        """Let the optimizer have the state that was made for parameters without any."""
+        for p, state in zip(self.bucket.params, self.bucket.states, strict=True):
+            if state:
+                self._optimizer.state.setdefault(p, state)
 
     @property
     def values(self) -> dict[str, Tensor]:
@@ -291,3 +296,5 @@ def extend(works: Sequence[Work]) -> None:
                 for name in names:
                     state.pop(name, None)
         raise
+    for work in works:
+        work.keep_state()

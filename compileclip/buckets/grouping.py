@@ -58,7 +58,7 @@ def sort(
         return [], [(p, "parameters or their state share memory") for p in params]
     for key, tensors in members.items():
         dtypes, counts, numbers = kinds[key]
-        states = [optimizer.state[p] for p in tensors]
+        states = [optimizer.state.get(p, {}) for p in tensors]
         on_device = key[0] in stays
         found.append(Bucket(key[0], tensors, states, dtypes, dict(counts), numbers, on_device))
     return found, refused

@@ -118,7 +118,7 @@ def _update(optimizer: Optimizer, settings: ClipSettings, grads: Gradients, norm
     for name in given:
         setattr(optimizer, name, attributes[name])
     try:
-        if factor is not None and settings.write_grads is False:
+        if settings.write_grads is False and (factor is not None or _writes_gradients(optimizer)):
             _step_on_copies(optimizer, grads.params, factor)
             return
         if factor is not None:
@@ -246,13 +246,20 @@ def _is_plain(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not is_sharded(tensor)
 
 
-def _scaled_copies(grads: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
+def _writes_gradients(optimizer: Optimizer) -> bool:
+    """Whether the step may write gradients: torch's foreach SGD adds its momentum to them."""
+    adds = (g.get("nesterov") and g.get("foreach") is not False for g in optimizer.param_groups)
+    return any(adds) or not is_torchs_own(optimizer)
+
+
+def _scaled_copies(grads: Sequence[Tensor], factor: Tensor | None) -> list[Tensor]:
     copies = [g.clone() for g in grads]
-    reference.scale_([local(g) for g in copies], factor)
+    if factor is not None:
+        reference.scale_([local(g) for g in copies], factor)
     return copies
 
 
-def _step_on_copies(optimizer: Optimizer, params: list[Tensor], factor: Tensor) -> None:
+def _step_on_copies(optimizer: Optimizer, params: list[Tensor], factor: Tensor | None) -> None:
     """Step on scaled copies of the gradients, and put the gradients back as they were.
 
     An optimizer skips parameters whose gradient is None, so torch's own run on some parameters at

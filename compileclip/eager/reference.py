@@ -102,7 +102,7 @@ def clip_coef(max_norm: float, total_norm: Tensor) -> Tensor:
 
     Computed as torch does (a reciprocal and a product), for the same bits.
     """
-    return torch.clamp((total_norm + 1e-6).reciprocal() * max_norm, max=1.0)
+    return torch.clamp(torch.reciprocal(total_norm + 1e-6) * max_norm, max=1.0)
 
 
 def is_one(scale: Tensor) -> bool:

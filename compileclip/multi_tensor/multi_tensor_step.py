@@ -148,7 +148,10 @@ class MultiTensorStep:
             self._forget_fresh()
             self.refusal = eligibility.refusal(error)
             return None
-        return self._gather()
+        copies = self._gather()
+        if copies is None:
+            self._fresh.forget()
+        return copies
 
     def _serves_nothing(self) -> bool:
         """Whether the plan is still that of the last step, and serves no parameter."""

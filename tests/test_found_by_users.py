@@ -1,0 +1,87 @@
+"""Faults that somebody found who read README and tried what came to mind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_same, clone_params, params_like, set_grads
+from torch import nn
+
+import compileclip
+
+SHAPES = [(3, 4), (5,), (2, 3)]
+
+
+@pytest.mark.parametrize("mode", ["eager", "auto"])
+@pytest.mark.parametrize("max_norm", [None, 0.5, 1e9])
+@pytest.mark.parametrize("foreach", [True, False, None])
+def test_gradients_that_a_step_of_torchs_writes(
+    mode: str, max_norm: float | None, foreach: bool | None
+) -> None:
+    """Torch's foreach kernels add momentum to the gradients, where it is Nesterov's."""
+    params = [*params_like(SHAPES), nn.Parameter(torch.ones(3, dtype=torch.complex64))]
+    others = clone_params(params)
+    kwargs: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "nesterov": True}
+    sgd = torch.optim.SGD(params, foreach=foreach, **kwargs)
+    opt = compileclip.wrap(sgd, max_norm, write_grads=False, mode=mode)
+    plain = torch.optim.SGD(others, foreach=False, **kwargs)
+    for step in range(3):
+        for both in zip(params, others, strict=True):
+            torch.manual_seed(step)
+            for p in both:
+                p.grad = torch.ones_like(p) * (step + 1)
+        before = [p.grad for p in params]
+        copies = [g.clone() for g in before if g is not None]
+        opt.step()
+        assert all(p.grad is g for p, g in zip(params, before, strict=True))
+        assert_same([p.grad for p in params], copies, "gradient")
+        if max_norm is not None:
+            compileclip.clip_grad_norm_(others, max_norm)
+        plain.step()
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "SGD with a number", "Adam"])
+def test_state_is_what_it_would_be_unwrapped(kind: str) -> None:
+    def made(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        if kind == "Adam":
+            return torch.optim.Adam(params)
+        return torch.optim.SGD(params, lr=0.1, maximize=kind != "SGD")
+
+    params = params_like(SHAPES)
+    others = clone_params(params)
+    opt, plain = compileclip.wrap(made(params), 1e9), made(others)
+    for step in range(4):
+        set_grads(params, step)
+        set_grads(others, step)
+        opt.step()
+        plain.step()
+        mine, theirs = (o.state_dict()["state"] for o in (opt, plain))
+        assert {k: sorted(v) for k, v in mine.items()} == {k: sorted(v) for k, v in theirs.items()}
+    assert compileclip.wrap(made(params), 1.0).state_dict()["state"] == {}
+    if kind == "SGD":
+        opt.param_groups[0]["params"].pop()
+        opt.state_dict()  # holds nothing of a parameter that is gone
+
+
+def test_an_error_leaves_no_state_of_parameters_that_are_not_served() -> None:
+    p = nn.Parameter(torch.ones(4, 3))
+    opt = compileclip.wrap(torch.optim.Adam([p]), 1.0)
+    for _ in range(3):
+        p.grad = torch.ones(4, 3).to_sparse()
+        with pytest.raises(RuntimeError, match="sparse"):
+            opt.step()
+        assert opt.state_dict()["state"] == {}
+    p.grad = torch.ones(4, 3)
+    opt.step()
+    assert opt.state[p]["step"] == 1
+
+
+def test_a_norm_that_is_no_tensor() -> None:
+    params = params_like(SHAPES)
+    set_grads(params, 0)
+    with pytest.raises(TypeError):
+        compileclip.clip_grads_with_norm_(params, 1.0, 3.0)  # type: ignore[arg-type]
