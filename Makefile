@@ -1,5 +1,6 @@
 # make demo    train a small GPT with clipping: a table and demo.png (STEPS=, DEVICE=, SEEDS= ...)
 # make test    lint, types and tests
+# make quick   lint, types and the tests that say most in two minutes
 # make integrations  install the trainers and run the recipes of docs/trainers.md with them
 # make mutants break the code on purpose and see the tests fail
 # make bench   clip and step by every way, beside the limit: tables, JSON, plots (ten minutes, CPU)
@@ -17,7 +18,7 @@ WORKERS ?= 2
 # from process to process, and cost the least.
 TOGETHER := --processes 6 --repetitions 40 --minutes 8
 
-.PHONY: help demo test lint types pytest integrations mutants bench gpu gpu-first-steps clean
+.PHONY: help demo test quick lint types pytest integrations mutants bench gpu gpu-first-steps clean
 
 # What is said of each above.
 help:
@@ -27,6 +28,12 @@ demo: $(VENV)/ready
 	$(BIN)/python -m bench.demo --steps $(STEPS) --device $(DEVICE) --seeds $(SEEDS) --out $(OUT)
 
 test: lint types pytest
+
+QUICK = functional wrapper wrapper_gradients nonfinite amp layers docs refusals plans multi_tensor \
+    bucket_refusals steady_on_a_stub found_by_users lowering_cpp golden packaging
+quick: lint types
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile \
+	    $(QUICK:%=tests/test_%.py)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
