@@ -1,4 +1,4 @@
-"""Generated code as it is today, to see what a change changes: ``python tests/golden.py`` renews it.
+"""Generated code as it is now, to see what a change changes: ``python tests/golden.py`` renews it.
 
 For three optimizers in float32: the operations that were recorded, their graph with norm and scale
 inserted, the C++ and the Triton source.
