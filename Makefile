@@ -29,11 +29,21 @@ demo: $(VENV)/ready
 
 test: lint types pytest
 
-QUICK = functional wrapper wrapper_gradients nonfinite amp layers docs refusals plans multi_tensor \
-    bucket_refusals steady_on_a_stub found_by_users lowering_cpp golden packaging
+QUICK = tests/test_*.py tests/eager/test_functional.py \
+    tests/wrapper/test_wrapper.py \
+    tests/wrapper/test_wrapper_gradients.py \
+    tests/wrapper/test_nonfinite.py \
+    tests/wrapper/test_amp.py \
+    tests/wrapper/test_refusals.py \
+    tests/multi_tensor/test_plans.py \
+    tests/multi_tensor/test_multi_tensor.py \
+    tests/multi_tensor/test_bucket_refusals.py \
+    tests/multi_tensor/test_steady_on_a_stub.py \
+    tests/wrapper/test_found_by_users.py \
+    tests/lowering/test_lowering_cpp.py
 quick: lint types
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile \
-	    $(QUICK:%=tests/test_%.py)
+	    $(QUICK)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

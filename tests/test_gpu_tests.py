@@ -30,7 +30,7 @@ FILES = (
 def test_they_reach_cuda(tmp_path: Path) -> None:
     """What they set up before that is right; those with the fixture ``device`` have none to ask."""
     here, report = Path(__file__).parent, tmp_path / "report.xml"
-    files = [str(here / f"test_{name}.py") for name in FILES]
+    files = [str(path) for name in FILES for path in here.rglob(f"test_{name}.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
     done = subprocess.run(
         [*command, "--tb=short", f"--junitxml={report}", *files],
@@ -56,5 +56,5 @@ def test_they_reach_cuda(tmp_path: Path) -> None:
 
 def test_each_file_with_tests_for_a_gpu_is_listed() -> None:
     here = Path(__file__).parent
-    marked = {p for p in here.glob("test_*.py") if "mark.gpu" in p.read_text()} - {Path(__file__)}
+    marked = {p for p in here.rglob("test_*.py") if "mark.gpu" in p.read_text()} - {Path(__file__)}
     assert marked <= {here / f"test_{name}.py" for name in FILES}

@@ -51,7 +51,7 @@ def test_gpu_tests_do_without_expecttest() -> None:
     code = "import pytest; sys.modules['expecttest'] = None\n"
     code += f"options = ['--collect-only', '-qq', '-m', 'gpu', '--rootdir', {str(ROOT)!r}]\n"
     code += f"sys.exit(pytest.main([*options, '-p', 'no:cacheprovider', {str(ROOT / 'tests')!r}]))"
-    assert "tests/test_gpu.py" in python(code)
+    assert "tests/multi_tensor/test_gpu.py" in python(code)
 
 
 def test_import_loads_no_compiler() -> None:

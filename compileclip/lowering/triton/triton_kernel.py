@@ -23,8 +23,8 @@ functor are contracted, division and square root are IEEE's, subnormals are kept
 * a number of the host is taken in the dtype that is computed in, so float32 for these two; but in
   theirs as an exponent and where it is compared with, as it is where it fills a tensor
 
-``tests/aten_cuda.py`` is a model of that, which the kernels are held against without a GPU; on one,
-``tests/test_lowering_triton.py`` holds them against ATen itself.
+``tests/lowering/aten_cuda.py`` is a model of that, which the kernels are held against without a
+GPU; on one, ``tests/lowering/test_lowering_triton.py`` holds them against ATen itself.
 """
 
 from __future__ import annotations

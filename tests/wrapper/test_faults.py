@@ -1,7 +1,7 @@
 """Whole steps where the compiler or the cache fails: right all the same.
 
 Most in processes of their own, under the marker ``sweep`` for the time that imports take.
-``tests/test_native.py`` has the faults one by one.
+``tests/native/test_native.py`` has the faults one by one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every optimizer of a package that steps from parameters alone: served, or the reason why not.
 
-``python tests/served_optimizers.py`` prints the table, of those of pytorch_optimizer and
-lion_pytorch where they are installed.
+``python tests/custom_optimizers/served_optimizers.py`` prints the table, of those of
+pytorch_optimizer and lion_pytorch where they are installed.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def passed_in_the_interpreter(file: str, *options: str) -> int:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, *options],
         env={**os.environ, "TRITON_INTERPRET": "1"},  # read when triton is imported
-        cwd=os.path.dirname(os.path.dirname(__file__)),
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         check=False,
