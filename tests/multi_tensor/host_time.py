@@ -1,8 +1,9 @@
 """The host's part of a steady step on a GPU, by the stub for its driver: a command, no test.
 
-``python tests/multi_tensor/host_time.py`` prints, for some numbers of tensors, microseconds
-a step when Python is warm and when it is cold, and how many functions Python calls in one. With ``--against FOLDER``,
-another checkout (with an environment in its ``.venv``) is measured in turns with this one.
+``python tests/multi_tensor/host_time.py`` prints, for some numbers of tensors, microseconds a step
+when Python is warm and when it is cold, and how many functions Python calls in one. With
+``--against FOLDER``, another checkout (with an environment in its ``.venv``) is measured in turns
+with this one.
 """
 
 from __future__ import annotations
