@@ -43,8 +43,8 @@ def wrap(
 
     Args:
         optimizer: any ``torch.optim.Optimizer`` whose step needs no closure. The wrapper shares its
-            parameter groups, its state and its hooks; from here on, use the wrapper. The step is
-            that of its class: one put in its place on the object is not called.
+            parameter groups, its state and its hooks; from here on, use the wrapper. Its step is
+            its class's: what was put in its place on the object is not called.
         max_norm: the largest total norm that gradients keep. ``None`` clips nothing, and the norm
             is measured all the same. May be set anew at any time: ``opt.max_norm = 0.5``.
         norm_type: the order p of the norm, ``inf`` included.
@@ -134,8 +134,7 @@ class ClippedOptimizer(Delegate):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # A GradScaler leaves these on an optimizer that unscales by itself.
-        given = self.__dict__
+        given = self.__dict__  # a GradScaler leaves these on an optimizer that unscales by itself
         scaled = "grad_scale" in given or "found_inf" in given
         scaler = Scaler(given.get("grad_scale"), given.get("found_inf")) if scaled else None
         with self._modes.lock:

@@ -101,10 +101,11 @@ class Work:
         return {k: v for k, v in self.state.items() if k not in self.bucket.known}
 
     def keep_state(self) -> None:
-        """Let the optimizer have the state that was made for parameters without any."""
-        for p, state in zip(self.bucket.params, self.bucket.states, strict=True):
-            if state:
-                self._optimizer.state.setdefault(p, state)
+        """Let the optimizer have the state of parameters that had none, if its step makes any."""
+        bucket, state = self.bucket, self._optimizer.state
+        for p, own in zip(bucket.params, bucket.states, strict=True):
+            if p not in state and (own or self.shadow.has_state):
+                state[p] = own
 
     @property
     def values(self) -> dict[str, Tensor]:
@@ -296,5 +297,3 @@ def extend(works: Sequence[Work]) -> None:
                 for name in names:
                     state.pop(name, None)
         raise
-    for work in works:
-        work.keep_state()

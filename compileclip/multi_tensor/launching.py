@@ -77,6 +77,7 @@ def keep(optimizer: Optimizer, works: Sequence[Work]) -> None:
         if all(work.bucket.group != index for work in works):  # these know by themselves
             groups[index].update(changes)
     for work in works:
+        work.keep_state()
         work.bucket.advance(work.state)
         groups[work.bucket.group].update(work.changes)
 

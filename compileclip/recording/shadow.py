@@ -66,6 +66,7 @@ class Shadow:
         on_device: whether anything does.
         is_foreign: whether the class of the optimizer is not torch's.
         state: what the last step left as state.
+        has_state: whether the last step left any, be it empty.
         changes: what the last step changed in the parameter group.
         elsewhere: what it changed in other groups, by their index. torch's own steps do not look
             at these; another class finds them here, without parameters.
@@ -107,6 +108,7 @@ class Shadow:
                 for name, dtype in (*on_device.counts.items(), *named.items()):
                     self.operands[name] = torch.ones((), dtype=dtype, device=place)
         self.state: dict[str, Any] = {}
+        self.has_state = False
         self.changes: dict[str, Any] = {}
         self.elsewhere: dict[int, dict[str, Any]] = {}
         self.optimizer, self.index = optimizer, index
@@ -158,6 +160,7 @@ class Shadow:
             self._step_foreign(given, attributes)
         else:
             self.elsewhere, self.changes = {}, self._step(given, attributes)
+        self.has_state = param in attributes["state"]
         self.state = dict(attributes["state"][param])
         if self.is_foreign:
             _check_state(attributes["state"], self.state)

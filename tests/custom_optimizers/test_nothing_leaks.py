@@ -117,7 +117,7 @@ def test_what_is_odd_leaves_something(name: str, capsys: Any) -> None:
 
 WARNS = """
 import sys, warnings
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import compileclip
 from helpers import params_like, set_grads
 from leaking_optimizers import Deprecated
@@ -140,8 +140,8 @@ def test_what_torch_warns_of_once_is_given_once(action: str) -> None:
     """In a process of its own each, for torch notes it for the process."""
     found = []
     for mode in ("auto", ""):
-        tests = str(Path(__file__).parent)
-        script = WARNS.format(tests=tests, filter=action, mode=mode)
+        here = Path(__file__).parent
+        script = WARNS.format(tests=[str(here), str(here.parent)], filter=action, mode=mode)
         ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
         found.append((ran.stdout, ran.stderr.count("is deprecated")))

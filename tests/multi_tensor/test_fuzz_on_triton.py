@@ -42,8 +42,11 @@ class Interpreted(Twins):
             assert (~close).sum() <= 1 + mine.numel() / 1000, name
             with torch.no_grad():
                 mine.copy_(torch.where(close & mine.isfinite(), mine, other))
-        super().agree(name, mine, other, size)
-        if isinstance(mine, Tensor) and mine.dim():
+        if isinstance(mine, Tensor) and mine.dim() == 0:  # eager's, scaled by the norm found here
+            torch.testing.assert_close(mine, other, rtol=2.4e-7, atol=0, equal_nan=True)
+        else:
+            super().agree(name, mine, other, size)
+        if isinstance(mine, Tensor):
             with torch.no_grad():  # so that differences do not grow
                 mine.copy_(other)
 
