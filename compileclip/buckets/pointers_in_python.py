@@ -89,7 +89,9 @@ class Lookup:
         """Objects and addresses that stay."""
         param, state = self._bucket.params[index], self._bucket.states[index]
         held = [state.get(name) for name in self._kept]
-        return [param.data_ptr(), *held, *(t.data_ptr() for t in held if isinstance(t, Tensor))]
+        tensors = [t for t in held if isinstance(t, Tensor)]
+        layouts = [n for t in tensors for n in (t.data_ptr(), *t.shape, *t.stride())]
+        return [param.data_ptr(), *held, *layouts]
 
 
 def _are_alike(a: Sequence[Any], b: Sequence[Any]) -> bool:

@@ -168,11 +168,13 @@ static bool is_at(const Torch& torch, Object object, const Plain& plain, uint64_
   return !torch.data_ptr(tensor, &address) && address == expected;
 }
 
-static bool is_param(const Torch& torch, const Bucket& bucket, int64_t i, const int64_t* shape) {
-  const Tensor param = torch.tensor(bucket.params[i]);
-  if (!is_at(torch, bucket.params[i], bucket.plain[0], bucket.table[i])) return false;
-  if (torch.shape && is_shaped(torch, *param, shape)) return true;
-  return compare(torch, param, shape) == SAME;
+// Whether a parameter or its state is where and as it was: it may have been resized or transposed.
+static bool is_same(const Torch& torch, Object object, const Plain& plain, uint64_t expected,
+                    const int64_t* shape) {
+  if (!is_at(torch, object, plain, expected)) return false;
+  const Tensor tensor = torch.tensor(object);
+  if (torch.shape && is_shaped(torch, *tensor, shape)) return true;
+  return compare(torch, tensor, shape) == SAME;
 }
 
 static Status find_grad(const Torch& torch, const Bucket& bucket, int64_t i, const int64_t* shape,
@@ -194,7 +196,7 @@ static Status find_grad(const Torch& torch, const Bucket& bucket, int64_t i, con
 // Look up parameter i, its gradient and its state, as it was kept.
 static Status gather(const Torch& torch, const Bucket& bucket, int64_t i) {
   const int64_t n = bucket.n, *shape = bucket.shapes + bucket.starts[i];
-  if (!is_param(torch, bucket, i, shape)) return STALE;
+  if (!is_same(torch, bucket.params[i], bucket.plain[0], bucket.table[i], shape)) return STALE;
   uint64_t address;
   const Status layout = find_grad(torch, bucket, i, shape, &address);
   // What is written before the last time that it is read must be no gradient.
@@ -204,7 +206,7 @@ static Status gather(const Torch& torch, const Bucket& bucket, int64_t i) {
     if (bucket.rows[k] < 0) continue;
     const uint64_t expected = bucket.table[bucket.rows[k] * n + i];
     if (address && address == expected) return STALE;
-    if (!is_at(torch, bucket.kept[k * n + i], bucket.plain[2 + k], expected)) return STALE;
+    if (!is_same(torch, bucket.kept[k * n + i], bucket.plain[2 + k], expected, shape)) return STALE;
   }
   return layout;
 }

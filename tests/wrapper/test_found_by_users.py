@@ -85,3 +85,37 @@ def test_a_norm_that_is_no_tensor() -> None:
     set_grads(params, 0)
     with pytest.raises(TypeError):
         compileclip.clip_grads_with_norm_(params, 1.0, 3.0)  # type: ignore[arg-type]
+
+
+IN_PLACE: dict[str, Any] = {
+    "transposed": lambda t: t.t_(),
+    "fewer": lambda t: t.resize_(2),
+    "other sizes": lambda t: t.resize_(2, 18),
+    "other strides": lambda t: t.as_strided_((6, 6), (1, 6)),
+    "a part": lambda t: t.set_(t.data[:1]),
+}
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("change", IN_PLACE)
+def test_state_whose_layout_is_changed_in_place(change: str, name: str) -> None:
+    """It is where it was, but holds other elements: eager mode's result, or torch's error."""
+    found: list[Any] = []
+    for mode in ("auto", "eager"):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(6, 6))
+        opt = compileclip.wrap(torch.optim.AdamW([p], lr=0.1, foreach=False), 1.0, mode=mode)
+        for _ in range(6):
+            p.grad = torch.randn(6, 6)
+            opt.step()
+        IN_PLACE[change](opt.state[p][name])
+        p.grad = torch.randn(6, 6)
+        try:
+            opt.step()
+        except RuntimeError as error:
+            found.append(type(error))
+        else:
+            found.append(p)
+    assert type(found[0]) is type(found[1])
+    if isinstance(found[0], torch.Tensor):
+        torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
