@@ -15,7 +15,7 @@ from compileclip.eager.eager_step import is_torchs_own
 from compileclip.recording.program_builder import COUNT
 from compileclip.recording.recorder import Recording, is_same, record, replay
 from compileclip.recording.scalar_formula import Formula, kinds
-from compileclip.recording.scalar_trace import Rehearsal
+from compileclip.recording.scalar_trace import ScalarTrace
 from compileclip.recording.shadow import (
     HYPERPARAMETER,
     SHAPES,
@@ -36,7 +36,7 @@ _formulas: dict[Any, Formula] = {}
 _FORMULAS = 8  # of one bucket: more would cost more than they save
 
 
-class Work:
+class BucketStep:
     """A bucket, what steps in its place, and what that has been seen to do.
 
     Attributes:
@@ -71,7 +71,7 @@ class Work:
         self.kernels: dict[Any, Any] = {}
         self._recordings: list[Recording] = []  # the latest last
         # Both are of the latest, if that can be had.
-        self._rehearsal: Rehearsal | None = None
+        self._trace: ScalarTrace | None = None
         self.formula: Formula | None = None
         self._formulas_left = _FORMULAS if _is_closed(self._optimizer) else 0
 
@@ -150,9 +150,9 @@ class Work:
         self, group: dict[str, Any], leader: dict[str, Any], before: Mapping[str, Any]
     ) -> list[float]:
         """Those that the optimizer's own step finds."""
-        if self._rehearsal is not None:
+        if self._trace is not None:
             try:
-                return self._rehearsal.run(group, leader)
+                return self._trace.run(group, leader)
             except ChangedError:
                 restore(leader, before)
         if self._recordings:
@@ -162,18 +162,18 @@ class Work:
                 restore(leader, before)
         recording = record(self.shadow, group, leader)
         self._remember(recording, before)
-        self._rehearsal = self._rehearse(before)
+        self._trace = self._rehearse(before)
         return recording.scalars
 
     def _found(self, scalars: list[float], before: Mapping[str, Any]) -> Formula | None:
         """The formula of the latest recording, if it finds ``scalars`` and the state after them."""
-        if self._rehearsal is None or not self._formulas_left:
+        if self._trace is None or not self._formulas_left:
             return None
         self._formulas_left -= 1
         try:
             others = tensors(self.bucket.leader, before)
             key = (self._key(self.recording), kinds(self._group))
-            formula = _formulas.get(key) or Formula(self._rehearsal, self._group, others)
+            formula = _formulas.get(key) or Formula(self._trace, self._group, others)
             found = formula.run(self._group, before)
         except ChangedError:
             return None
@@ -217,7 +217,7 @@ class Work:
         self._recordings.append(recording)
         self.is_new = True
 
-    def _rehearse(self, before: Mapping[str, Any]) -> Rehearsal | None:
+    def _rehearse(self, before: Mapping[str, Any]) -> ScalarTrace | None:
         """That of the latest recording, if it finds the same scalars."""
         key = self._key(self.recording)
         known = _known.get(key)
@@ -225,12 +225,12 @@ class Work:
             known = self._can_be_rehearsed(before)
             if _is_closed(self._optimizer):
                 _known[key] = known
-        return Rehearsal(self.shadow, self.recording) if known else None
+        return ScalarTrace(self.shadow, self.recording) if known else None
 
     def _can_be_rehearsed(self, before: Mapping[str, Any]) -> bool:
         shadow = self.make_shadow()
         recording = record(shadow, self._group, tensors(self.bucket.leader, before))
-        rehearsal = Rehearsal(shadow, recording)
+        rehearsal = ScalarTrace(shadow, recording)
         try:
             found = rehearsal.run(self._group, tensors(self.bucket.leader, before))
         except ChangedError:
@@ -243,7 +243,7 @@ class Work:
 
 
 def scalars_of(
-    optimizer: Optimizer, works: Sequence[Work], saved: Sequence[Mapping[str, Any]]
+    optimizer: Optimizer, works: Sequence[BucketStep], saved: Sequence[Mapping[str, Any]]
 ) -> list[list[float]]:
     """The scalars of a step of ``optimizer``, those of each bucket.
 
@@ -267,7 +267,7 @@ def restore(leader: Mapping[str, Any], before: Mapping[str, Any]) -> None:
             leader[name].fill_(value)
 
 
-def restore_all(works: Sequence[Work], saved: Sequence[Mapping[str, Any]]) -> None:
+def restore_all(works: Sequence[BucketStep], saved: Sequence[Mapping[str, Any]]) -> None:
     """Write the values of each bucket before a step back."""
     for work, before in zip(works, saved, strict=True):
         restore(work.bucket.leader, before)
@@ -281,7 +281,7 @@ def tensors(leader: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, A
     }
 
 
-def extend(works: Sequence[Work]) -> None:
+def extend(works: Sequence[BucketStep]) -> None:
     """Allocate the state that this step makes, all of it or none."""
     tables = [work.table for work in works]
     news = [work.made for work in works]

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compileclip.buckets.bucket_step import Work, scalars_of, tensors
+from compileclip.buckets.bucket_step import BucketStep, scalars_of, tensors
 from compileclip.recording.optimizer_attributes import marks
 from compileclip.recording.recorder import is_same, record
 from compileclip.recording.shadow import NotPointwiseError, Shadow
 
 
 def scalars(
-    optimizer: Optimizer, works: Sequence[Work], saved: Sequence[Mapping[str, Any]]
+    optimizer: Optimizer, works: Sequence[BucketStep], saved: Sequence[Mapping[str, Any]]
 ) -> list[list[float]]:
     """As ``scalars_of``, and what the step does is checked where that is new.
 
@@ -59,7 +59,9 @@ def _without_chance() -> Iterator[None]:
         raise NotPointwiseError("the step draws random numbers")
 
 
-def _check(optimizer: Optimizer, works: Sequence[Work], saved: Sequence[Mapping[str, Any]]) -> None:
+def _check(
+    optimizer: Optimizer, works: Sequence[BucketStep], saved: Sequence[Mapping[str, Any]]
+) -> None:
     """See that the step is what the shadows of ``works`` have just done."""
     for work, before in zip(works, saved, strict=True):
         _check_each(optimizer, work, before)
@@ -67,7 +69,7 @@ def _check(optimizer: Optimizer, works: Sequence[Work], saved: Sequence[Mapping[
         _check_together(optimizer, works, saved)
 
 
-def _check_each(optimizer: Optimizer, work: Work, before: Mapping[str, Any]) -> None:
+def _check_each(optimizer: Optimizer, work: BucketStep, before: Mapping[str, Any]) -> None:
     """Step in the place of each parameter that differs in more than its numbers."""
     bucket = work.bucket
     pairs = zip(bucket.params, marks(bucket.params), strict=True)
@@ -81,12 +83,12 @@ def _check_each(optimizer: Optimizer, work: Work, before: Mapping[str, Any]) -> 
             )
 
 
-def _same_changes(shadow: Shadow, work: Work) -> bool:
+def _same_changes(shadow: Shadow, work: BucketStep) -> bool:
     return _equal(shadow.changes, work.changes) and _equal(shadow.elsewhere, work.elsewhere)
 
 
 def _check_together(
-    optimizer: Optimizer, works: Sequence[Work], saved: Sequence[Mapping[str, Any]]
+    optimizer: Optimizer, works: Sequence[BucketStep], saved: Sequence[Mapping[str, Any]]
 ) -> None:
     """Step a tiny parameter in the place of each, all at once."""
     alone = [_alone(optimizer, *pair) for pair in zip(works, saved, strict=True)]
@@ -100,7 +102,7 @@ def _check_together(
         raise NotPointwiseError("the step changes a parameter group with each parameter")
 
 
-def _alone(optimizer: Optimizer, work: Work, before: Mapping[str, Any]) -> list[Any]:
+def _alone(optimizer: Optimizer, work: BucketStep, before: Mapping[str, Any]) -> list[Any]:
     shadow = work.make_shadow()
     group = optimizer.param_groups[work.bucket.group]
     shadow.step(group, tensors(work.bucket.leader, before))
@@ -115,7 +117,7 @@ class Company:
     """
 
     def __init__(
-        self, optimizer: Optimizer, works: Sequence[Work], saved: Sequence[Mapping[str, Any]]
+        self, optimizer: Optimizer, works: Sequence[BucketStep], saved: Sequence[Mapping[str, Any]]
     ) -> None:
         self._shadow = works[0].make_shadow()
         self._state: Any = defaultdict(dict)

@@ -14,7 +14,7 @@ from compileclip.lowering.program import Program
 from compileclip.native.cuda_driver import Driver, Launch
 
 if TYPE_CHECKING:
-    from compileclip.buckets.bucket_step import Work
+    from compileclip.buckets.bucket_step import BucketStep
     from compileclip.buckets.step_plan import Plan
 
 
@@ -113,5 +113,5 @@ class Target(Protocol):
             What was launched on a GPU.
         """
 
-    def total_norm(self, plan: Plan, works: Sequence[Work], norm_type: float) -> Norm | None:
+    def total_norm(self, plan: Plan, works: Sequence[BucketStep], norm_type: float) -> Norm | None:
         """The norm of all gradients of the buckets of ``plan``; None where there is no kernel."""

@@ -19,7 +19,7 @@ from compileclip.native import cuda_driver
 from compileclip.native.cuda_driver import Driver, Launch
 
 if TYPE_CHECKING:
-    from compileclip.buckets.bucket_step import Work
+    from compileclip.buckets.bucket_step import BucketStep
     from compileclip.buckets.step_plan import Plan
 
 
@@ -77,7 +77,7 @@ class Cpu:
         kernel(resident, *extent, scalars, read, threads())
         return []
 
-    def total_norm(self, plan: Plan, works: Sequence[Work], norm_type: float) -> Norm | None:
+    def total_norm(self, plan: Plan, works: Sequence[BucketStep], norm_type: float) -> Norm | None:
         """As ``get_total_norm`` takes it, to the bit: in the order of the parameters."""
         if len(plan.dtypes) != 1 or not plan.dtypes <= cpp_norm.SERVED.get(norm_type, set()):
             return None
@@ -167,7 +167,7 @@ class Gpu:
         launches: list[Launch] = kernel(tables, scalars, values, counts, shares)
         return launches
 
-    def total_norm(self, plan: Plan, works: Sequence[Work], norm_type: float) -> Norm | None:
+    def total_norm(self, plan: Plan, works: Sequence[BucketStep], norm_type: float) -> Norm | None:
         """Bucket by bucket; not ended."""
         from compileclip.lowering.triton.triton_norm import ORDERS, List, Shares
 

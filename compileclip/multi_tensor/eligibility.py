@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compileclip.buckets.bucket_step import Work
+from compileclip.buckets.bucket_step import BucketStep
 from compileclip.buckets.grouping import overlap
 from compileclip.buckets.step_plan import Plan
 from compileclip.eager.eager_step import Scaler, takes_grad_scale
@@ -45,7 +45,7 @@ def why_not_planned(
 
 
 def why_not_captured(
-    settings: ClipSettings, plan: Plan | None, works: Sequence[Work], bound: float | None
+    settings: ClipSettings, plan: Plan | None, works: Sequence[BucketStep], bound: float | None
 ) -> str | None:
     """Why a step cannot become part of a CUDA graph.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compileclip.buckets.bucket_step import Work
+from compileclip.buckets.bucket_step import BucketStep
 from compileclip.eager.eager_step import is_torchs_own
 from compileclip.fallback import UnsupportedError
 from compileclip.lowering.program import Program
@@ -44,13 +44,13 @@ class DeviceKernels:
         """How many programs there are, each of which was compiled once in this process."""
         return len(self._used)
 
-    def knows(self, work: Work, kind: Kind) -> bool:
+    def knows(self, work: BucketStep, kind: Kind) -> bool:
         """Whether there is a kernel of this step of a bucket that has been checked."""
         return (id(work.recording), kind) in work.kernels
 
     def of(
         self,
-        work: Work,
+        work: BucketStep,
         kind: Kind,
         scalars: list[float],
         before: Mapping[str, Any],
@@ -82,7 +82,7 @@ class DeviceKernels:
             work.kernels[key] = kernel
         return work.kernels[key]
 
-    def _kernel(self, work: Work, kind: Kind) -> Any:
+    def _kernel(self, work: BucketStep, kind: Kind) -> Any:
         recording = work.recording
         new = {k: v.dtype for k, v in work.made.items() if isinstance(v, Tensor) and v.dim() > 0}
         dtypes = work.bucket.dtypes | new
@@ -94,7 +94,7 @@ class DeviceKernels:
 
     def _check(
         self,
-        work: Work,
+        work: BucketStep,
         kernel: Any,
         scalars: list[float],
         before: Mapping[str, Any],

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compileclip.buckets.bucket_step import Work
+from compileclip.buckets.bucket_step import BucketStep
 from compileclip.eager.eager_step import Scaler
 from compileclip.multi_tensor.step_norm import StepNorm
 from compileclip.native.cuda_driver import Launch
@@ -16,7 +16,7 @@ from compileclip.recording.program_builder import Kind
 
 
 def kernels_of(
-    works: Sequence[Work],
+    works: Sequence[BucketStep],
     kind: Kind,
     scalars: Sequence[list[float]],
     saved: Sequence[Mapping[str, Any]],
@@ -46,7 +46,7 @@ def kernels_of(
 
 
 def launch(
-    works: Sequence[Work],
+    works: Sequence[BucketStep],
     kernels: Sequence[Any],
     scalars: Sequence[list[float]],
     kind: Kind,
@@ -70,7 +70,7 @@ def launch(
     return launches[::-1]
 
 
-def keep(optimizer: Optimizer, works: Sequence[Work]) -> None:
+def keep(optimizer: Optimizer, works: Sequence[BucketStep]) -> None:
     """Take over what the step of each bucket left besides tensors of its parameters' shape."""
     groups = optimizer.param_groups
     for index, changes in works[0].elsewhere.items():
@@ -82,6 +82,6 @@ def keep(optimizer: Optimizer, works: Sequence[Work]) -> None:
         groups[work.bucket.group].update(work.changes)
 
 
-def _read(work: Work, scaler: Scaler) -> dict[str, Tensor]:
+def _read(work: BucketStep, scaler: Scaler) -> dict[str, Tensor]:
     """What a kernel reads from memory besides the norm and what is the bucket's own."""
     return {"max_norm": work.place.max_norm, **scaler.on(work.place.target.device)}

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from compileclip.buckets.bucket import StaleError
-from compileclip.buckets.bucket_step import Work, extend, restore_all, scalars_of
+from compileclip.buckets.bucket_step import BucketStep, extend, restore_all, scalars_of
 from compileclip.buckets.step_plan import Copied, Plan, staying
 from compileclip.custom_optimizers import checks, side_effects
 from compileclip.eager import eager_step
@@ -28,7 +28,7 @@ from compileclip.multi_tensor.kernel_kinds import Kinds, counts
 from compileclip.multi_tensor.launching import keep, kernels_of, launch
 from compileclip.multi_tensor.native_step import SteadyStep, steady_step
 from compileclip.multi_tensor.native_step_arguments import Last
-from compileclip.multi_tensor.plan_backoff import Patience
+from compileclip.multi_tensor.plan_backoff import PlanBackoff
 from compileclip.multi_tensor.step_norm import StepNorm, take_norm
 from compileclip.settings import ClipSettings
 
@@ -47,13 +47,13 @@ class MultiTensorStep:
         self._optimizer = optimizer
         self._places: dict[torch.device, DeviceKernels] = {}
         self._plan: Plan | None = None
-        self._works: list[Work] = []
+        self._works: list[BucketStep] = []
         self._for_decisions = False  # whether the plan lets the device decide
         self._filled: float | None = None  # the bound that kernels find
         self._kinds = Kinds()
         self._is_foreign = not eager_step.is_torchs_own(optimizer)
         self._scalars = checks.scalars if self._is_foreign else scalars_of
-        self._patience = Patience()
+        self._backoff = PlanBackoff()
         self._fresh = FreshState(optimizer)
         self._captured: list[object] = []  # what CUDA graphs read at each replay
         self._for_now: str | None = None  # why the last step was not served, though others may be
@@ -137,7 +137,7 @@ class MultiTensorStep:
             return None
         self._plan = None
         self._for_now = eligibility.why_not_planned(self._optimizer, settings, params)
-        if self._for_now is None and settings.mode == "auto" and not self._patience.may_plan():
+        if self._for_now is None and settings.mode == "auto" and not self._backoff.may_plan():
             self._for_now = "gradients, parameters or state are others from step to step"
         if self._for_now is not None:
             return None
@@ -172,7 +172,7 @@ class MultiTensorStep:
         self._plan = plan = Plan(self._optimizer, params, stays)
         eligibility.check_plan(self._optimizer, plan, decides and not waits, self._is_foreign)
         self._works = [
-            Work(self._optimizer, table, self._places[table.bucket.params[0].device])
+            BucketStep(self._optimizer, table, self._places[table.bucket.params[0].device])
             for table in plan.tables
         ]
 
@@ -240,7 +240,7 @@ class MultiTensorStep:
             self.set_bound(settings.max_norm)
         norm = self.steady.run(settings, scaler)
         if norm is not None:
-            self._patience.steps += 1
+            self._backoff.steps += 1
         return norm
 
     def set_bound(self, max_norm: float | None) -> None:
@@ -291,7 +291,7 @@ class MultiTensorStep:
                 each.grad.copy_(each.copy)
         keep(self._optimizer, self._works)
         self._fresh.keep()
-        self._patience.steps += 1
+        self._backoff.steps += 1
         if known and not copies and not self._is_capturing and self._plan is not None:
             places = self._plan, self._works, kernels
             last = Last(self._optimizer, settings, scaler, *places, norm, launches)

@@ -24,7 +24,7 @@ from compileclip.native.native_tensors import address, library
 from compileclip.settings import ClipSettings
 
 if TYPE_CHECKING:
-    from compileclip.buckets.bucket_step import Work
+    from compileclip.buckets.bucket_step import BucketStep
     from compileclip.buckets.step_plan import Plan
     from compileclip.multi_tensor.step_norm import StepNorm
     from compileclip.recording.scalar_formula import Formula
@@ -50,7 +50,7 @@ class Last:
     settings: ClipSettings
     scaler: Scaler
     plan: Plan
-    works: Sequence[Work]
+    works: Sequence[BucketStep]
     kernels: Sequence[Any]
     norm: StepNorm
     launches: Sequence[list[Launch]]
@@ -171,7 +171,7 @@ class _Parts:
             found.append((id(buffer), version, *written))
         return found
 
-    def _moved(self, work: Work) -> tuple[int, ...]:
+    def _moved(self, work: BucketStep) -> tuple[int, ...]:
         table, n = work.table, len(work.bucket.params)
         now = address(table.addresses) + 8 * table.grads.start
         there = self.keep(table.addresses[table.grads], "Q")

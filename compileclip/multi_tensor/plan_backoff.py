@@ -7,7 +7,7 @@ TRIES = 4  # plans in a row that served fewer
 REST = (16, 1024)  # steps in eager mode until the next try, at first and at most
 
 
-class Patience:
+class PlanBackoff:
     """With gradients that come and go, as in a mixture of experts, plans are short-lived.
 
     Attributes:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compileclip.buckets.bucket_step import Work
+from compileclip.buckets.bucket_step import BucketStep
 from compileclip.buckets.step_plan import Copied, Plan
 from compileclip.eager.eager_step import Scaler
 from compileclip.eager.functional import get_total_norm
@@ -60,7 +60,7 @@ class StepNorm:
 
 def take_norm(
     plan: Plan,
-    works: Sequence[Work],
+    works: Sequence[BucketStep],
     settings: ClipSettings,
     copies: Sequence[Copied],
     scaler: Scaler,

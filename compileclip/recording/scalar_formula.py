@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Graph, Node, Proxy
 
-from compileclip.recording.scalar_trace import Rehearsal
+from compileclip.recording.scalar_trace import ScalarTrace
 from compileclip.recording.shadow import ChangedError, StandIn
 
 _NUMBERS = (float, int)  # and nothing derived from them: a bool is a decision
@@ -37,7 +37,7 @@ class Formula:
     """
 
     def __init__(
-        self, rehearsal: Rehearsal, group: Mapping[str, Any], others: Mapping[str, Any]
+        self, rehearsal: ScalarTrace, group: Mapping[str, Any], others: Mapping[str, Any]
     ) -> None:
         """Trace ``rehearsal``.
 

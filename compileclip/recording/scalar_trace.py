@@ -35,12 +35,12 @@ class Prop(StandIn):
     """Stands for one tensor of a recording."""
 
     @staticmethod
-    def of(rehearsal: Rehearsal, tensor: Tensor) -> Prop:
+    def of(rehearsal: ScalarTrace, tensor: Tensor) -> Prop:
         """What stands for ``tensor``."""
         return (_Count if tensor.dim() == 0 else Prop)(rehearsal, tensor)
 
-    def __init__(self, rehearsal: Rehearsal, tensor: Tensor) -> None:
-        self._rehearsal, self._tensor = rehearsal, tensor
+    def __init__(self, rehearsal: ScalarTrace, tensor: Tensor) -> None:
+        self._trace, self._tensor = rehearsal, tensor
         self.grad: Prop | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -51,7 +51,7 @@ class Prop(StandIn):
         if name in ("dtype", "device", "layout", "requires_grad", "is_cuda"):
             self.__dict__[name] = value = getattr(self._tensor, name)
             return value
-        method = functools.partial(self._rehearsal.call, name, self)
+        method = functools.partial(self._trace.call, name, self)
         self.__dict__[name] = method  # found without this function from now on
         return method
 
@@ -59,10 +59,10 @@ class Prop(StandIn):
         return self.reciprocal() * other  # as torch does
 
     def __rpow__(self, base: Any) -> Any:
-        return self._rehearsal.call("pow", base, self)
+        return self._trace.call("pow", base, self)
 
     def __setitem__(self, mask: Any, value: Any) -> None:
-        self._rehearsal.call("index_put_", self, mask, value)
+        self._trace.call("index_put_", self, mask, value)
 
     def __hash__(self) -> int:
         return id(self)
@@ -79,7 +79,7 @@ class Prop(StandIn):
         props = [a for a in args if isinstance(a, Prop)]
         if not props:
             raise ChangedError
-        return props[0]._rehearsal.call(func.__name__, *args, **(kwargs or {}))
+        return props[0]._trace.call(func.__name__, *args, **(kwargs or {}))
 
 
 class _Count(Prop):
@@ -91,7 +91,7 @@ def _operator(name: str) -> Callable[..., Any]:
     operation = _NAMES[name]
 
     def method(self: Prop, *args: Any) -> Any:
-        return self._rehearsal.call(operation, self, *args)
+        return self._trace.call(operation, self, *args)
 
     return method
 
@@ -100,7 +100,7 @@ for _name in _NAMES:
     setattr(Prop, _name, _operator(_name))
 
 
-class Rehearsal:
+class ScalarTrace:
     """Steps of a shadow that are expected to do what was recorded."""
 
     def __init__(self, shadow: Shadow, recording: Recording) -> None:

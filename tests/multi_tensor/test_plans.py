@@ -12,14 +12,14 @@ from torch.fx import graph_module
 from torch.optim import SGD, AdamW
 
 import compileclip
-from compileclip.multi_tensor.plan_backoff import ENOUGH, REST, TRIES, Patience
+from compileclip.multi_tensor.plan_backoff import ENOUGH, REST, TRIES, PlanBackoff
 
 SHAPES = [(3, 4), (5,), (2, 3, 2), (7,)]
 
 
 def test_patience() -> None:
     """Plans that serve few steps are followed by ever longer rests, until one serves more."""
-    patience = Patience()
+    patience = PlanBackoff()
     assert patience.may_plan()
     assert all(patience.may_plan() for _ in range(TRIES))
     for rest in (*(REST[0] << i for i in range(7)), REST[1], REST[1]):

@@ -89,7 +89,7 @@ def test_scalars_and_counts_are_those_of_the_step(make: Callable[[Any], Optimize
         before = dict(work.bucket.values)
         theirs = tensors(work.bucket.leader, before)
         scalars, after = formula.run(group, before)
-        assert scalars == work._rehearsal.run(group, theirs)
+        assert scalars == work._trace.run(group, theirs)
         assert after == {name: count.item() for name, count in theirs.items()}
         step(opt, i)
     assert formulas(opt) == [formula]
