@@ -7,7 +7,7 @@ import logging
 import sys
 
 from bench import scaling, step, train
-from bench.progress import run_plans
+from bench.reporting.progress import run_plans
 
 # Between commands that are measured together.
 AND = "+"

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from bench import report
 from bench.argument_types import integer, positive
-from bench.gpt import HEAD_SIZE, GPTConfig, read_text
-from bench.training import train
-from bench.updates import Recipe
+from bench.cases.gpt import HEAD_SIZE, GPTConfig, read_text
+from bench.measuring.training import train
+from bench.reporting import report
+from bench.rows.updates import Recipe
 
 MIN_STEPS = report.FIRST_STEPS + report.LAST_STEPS
 

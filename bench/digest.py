@@ -13,11 +13,11 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from bench.environment import device_type, headline
-from bench.results import CaseResult, Report, read
-from bench.rows import BASELINE, LIMIT, OUR_GRAPH, OURS, STOCK_GRAPH
-from bench.shapes import label
-from bench.tables import NONE, microseconds, milliseconds
+from bench.cases.shapes import label
+from bench.measuring.environment import device_type, headline
+from bench.reporting.results import CaseResult, Report, read
+from bench.reporting.tables import NONE, microseconds, milliseconds
+from bench.rows.registry import BASELINE, LIMIT, OUR_GRAPH, OURS, STOCK_GRAPH
 
 ROWS = (BASELINE, STOCK_GRAPH, OURS, OUR_GRAPH, LIMIT)
 

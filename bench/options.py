@@ -7,14 +7,15 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import argument_types, rows
+from bench import argument_types
 from bench.argument_types import positive
-from bench.case import DTYPES, Case
-from bench.measure import Method
-from bench.optimizers import OPTIMIZERS
-from bench.progress import Plan
-from bench.results import Report
-from bench.rows import Row
+from bench.cases.case import DTYPES, Case
+from bench.measuring.measure import Method
+from bench.reporting.progress import Plan
+from bench.reporting.results import Report
+from bench.rows import registry
+from bench.rows.optimizers import OPTIMIZERS
+from bench.rows.registry import Row
 
 
 def add_method(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +102,7 @@ def _method(args: argparse.Namespace) -> Method:
 def some_rows(text: str) -> Sequence[Row]:
     """Rows by parts of their names, with a comma between."""
     try:
-        return rows.choose([part.strip() for part in text.split(",")])
+        return registry.choose([part.strip() for part in text.split(",")])
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -15,11 +15,10 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from bench.environment import ROOT, device_type, headline
-from bench.results import CaseResult, Report, RowResult, read
-from bench.rows import BASELINE, NAMES, OURS
-from bench.shapes import label
-from bench.tables import (
+from bench.cases.shapes import label
+from bench.measuring.environment import ROOT, device_type, headline
+from bench.reporting.results import CaseResult, Report, RowResult, read
+from bench.reporting.tables import (
     microseconds,
     milliseconds,
     percent,
@@ -28,6 +27,7 @@ from bench.tables import (
     share_of_training,
     spread,
 )
+from bench.rows.registry import BASELINE, NAMES, OURS
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 RESULTS = Path(__file__).parent / "results"

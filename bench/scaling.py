@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from bench import options, plots
-from bench.case import Case
-from bench.progress import Plan
+from bench import options
+from bench.cases.case import Case
+from bench.reporting import plots
+from bench.reporting.progress import Plan
 
 TENSORS = (10, 30, 100, 300, 1000, 5000)
 SIZES = (10**4, 10**5, 10**6, 10**7, 10**8, 10**9)

@@ -6,10 +6,11 @@ import argparse
 import itertools
 import sys
 
-from bench import options, plots
-from bench.case import Case
-from bench.progress import Plan
-from bench.shapes import SHAPES, ModelError, Shape, of_model
+from bench import options
+from bench.cases.case import Case
+from bench.cases.shapes import SHAPES, ModelError, Shape, of_model
+from bench.reporting import plots
+from bench.reporting.progress import Plan
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

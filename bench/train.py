@@ -8,15 +8,17 @@ from pathlib import Path
 
 import torch
 
-from bench import environment, options, plots, tables
-from bench.case import NotRunError, check_device
-from bench.gpt import GPT, HEAD_SIZE, GPTConfig, read_text
-from bench.progress import exit_code, output_folder
-from bench.report import FIRST_STEPS
-from bench.results import CaseResult, Report, RowResult
-from bench.timing import summarize
-from bench.training import Result, train
-from bench.updates import REFERENCE, UPDATES, Recipe
+from bench import options
+from bench.cases.case import NotRunError, check_device
+from bench.cases.gpt import GPT, HEAD_SIZE, GPTConfig, read_text
+from bench.measuring import environment
+from bench.measuring.timing import summarize
+from bench.measuring.training import Result, train
+from bench.reporting import plots, tables
+from bench.reporting.progress import exit_code, output_folder
+from bench.reporting.report import FIRST_STEPS
+from bench.reporting.results import CaseResult, Report, RowResult
+from bench.rows.updates import REFERENCE, UPDATES, Recipe
 
 BASELINE = "torch, fused"
 # Losses, of several nats, may differ by this much: roundings grow with each step of training.

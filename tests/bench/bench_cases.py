@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench import measure, rows
-from bench.case import Case
-from bench.measure import Method
-from bench.results import RowResult
-from bench.rows import Row
-from bench.runs import ClipAndStep
+from bench.cases.case import Case
+from bench.measuring import measure
+from bench.measuring.measure import Method
+from bench.reporting.results import RowResult
+from bench.rows import registry
+from bench.rows.registry import Row
+from bench.rows.runs import ClipAndStep
 
 SHAPES = ((8, 4), (3,), (70, 130))
 QUICK = Method(repetitions=2, seconds=0.0, warmup=1, compile_tensors=0, first_steps=False)
@@ -23,7 +24,7 @@ def case(
 
 
 def run(case: Case, *chosen: Row, method: Method = QUICK) -> dict[str, RowResult]:
-    chosen = chosen or rows.for_device(rows.ROWS, case.device)
+    chosen = chosen or registry.for_device(registry.ROWS, case.device)
     measured = measure.Measurement(case, chosen, method, Path("/unused"))
     measured.time()
     result = measured.finish()
@@ -31,7 +32,7 @@ def run(case: Case, *chosen: Row, method: Method = QUICK) -> dict[str, RowResult
 
 
 def row(name: str) -> Row:
-    return next(row for row in rows.ROWS if row.name == name)
+    return next(row for row in registry.ROWS if row.name == name)
 
 
 class Unclipped(ClipAndStep):

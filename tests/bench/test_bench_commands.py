@@ -11,12 +11,15 @@ import pytest
 import torch
 from bench_cases import Unclipped, row
 
-from bench import __main__, again, progress, rows, timing
-from bench.again import Asked, Found
-from bench.measure import Measurement
-from bench.results import CaseResult, read
-from bench.rows import BASELINE, OURS, Row
-from bench.timing import Times
+from bench import __main__
+from bench.measuring import again, timing
+from bench.measuring.again import Asked, Found
+from bench.measuring.measure import Measurement
+from bench.measuring.timing import Times
+from bench.reporting import progress
+from bench.reporting.results import CaseResult, read
+from bench.rows import registry
+from bench.rows.registry import BASELINE, OURS, Row
 
 
 def test_step_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,7 +45,7 @@ def test_step_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_wrong_row_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "ROWS", (row(BASELINE), Row("wrong", Unclipped)))
+    monkeypatch.setattr(registry, "ROWS", (row(BASELINE), Row("wrong", Unclipped)))
     options = ["--shapes", "1x1000", "--repetitions", "2", "--out", str(tmp_path), "--no-plots"]
     assert __main__.main(["step", *options]) == 1
     out = capsys.readouterr().out

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cores
-from bench.conclude import center, conclude
-from bench.results import CaseResult, RowResult
-from bench.rows import BASELINE, LIMIT, OURS
-from bench.tables import case_table
-from bench.timing import Times
+from bench.measuring import cores
+from bench.measuring.conclude import center, conclude
+from bench.measuring.timing import Times
+from bench.reporting.results import CaseResult, RowResult
+from bench.reporting.tables import case_table
+from bench.rows.registry import BASELINE, LIMIT, OURS
 
 NEAR, FAR = 20.0, 200.0
 

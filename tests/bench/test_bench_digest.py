@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from bench import digest
-from bench.environment import ROOT
-from bench.results import CaseResult, Report, RowResult
-from bench.rows import BASELINE, LIMIT, OURS, STOCK_GRAPH
+from bench.measuring.environment import ROOT
+from bench.reporting.results import CaseResult, Report, RowResult
+from bench.rows.registry import BASELINE, LIMIT, OURS, STOCK_GRAPH
 
 GPU = {
     "device": "cuda",

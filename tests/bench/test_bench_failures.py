@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 from bench_cases import QUICK, Unclipped, case, row, run
 
-from bench import __main__, again, limit, measure, rows
-from bench.case import NotRunError
-from bench.results import read
-from bench.rows import BASELINE, LIMIT, OURS, Row
-from bench.runs import ClipAndStep, Run
-from bench.workload import Workload
+from bench import __main__
+from bench.cases.case import NotRunError
+from bench.cases.workload import Workload
+from bench.measuring import again, measure
+from bench.reporting.results import read
+from bench.rows import limit, registry
+from bench.rows.registry import BASELINE, LIMIT, OURS, Row
+from bench.rows.runs import ClipAndStep, Run
 from compileclip.native import native_build
 
 
@@ -123,9 +125,9 @@ def test_a_mode_that_falls_back_is_not_timed(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_too_large_and_not_there() -> None:
     with pytest.raises(NotRunError, match=r"needs .* GiB of memory, .* are free"):
-        measure.Measurement(case(shapes=((10**13,),)), rows.ROWS, QUICK, Path("/unused"))
+        measure.Measurement(case(shapes=((10**13,),)), registry.ROWS, QUICK, Path("/unused"))
     with pytest.raises(NotRunError, match="no device 'cuda:77'"):
-        measure.Measurement(case(device="cuda:77"), rows.ROWS, QUICK, Path("/unused"))
+        measure.Measurement(case(device="cuda:77"), registry.ROWS, QUICK, Path("/unused"))
 
 
 @pytest.mark.parametrize("last_words", ["", '{"times": {"clip'])

@@ -11,11 +11,11 @@ import pytest
 import torch
 from bench_cases import case
 
-from bench import gpu_timing, timing
-from bench.gpu_timing import LEAST, SAFETY, TRIES, GpuClock, clock_for
-from bench.runs import Run
-from bench.timing import Clock, interleave
-from bench.workload import Workload
+from bench.cases.workload import Workload
+from bench.measuring import gpu_timing, timing
+from bench.measuring.gpu_timing import LEAST, SAFETY, TRIES, GpuClock, clock_for
+from bench.measuring.timing import Clock, interleave
+from bench.rows.runs import Run
 
 RATE = 1e9  # cycles per second
 GPU = torch.device("cuda")

@@ -11,11 +11,11 @@ import pytest
 import torch
 from bench_cases import case, row, run
 
-from bench import graph_rows, rows
-from bench.case import NotRunError
-from bench.rows import BASELINE, NAMES, OUR_GRAPH, STOCK_GRAPH, Row
-from bench.runs import ClipAndStep, Ours
-from bench.workload import Workload
+from bench.cases.case import NotRunError
+from bench.cases.workload import Workload
+from bench.rows import graph_rows, registry
+from bench.rows.registry import BASELINE, NAMES, OUR_GRAPH, STOCK_GRAPH, Row
+from bench.rows.runs import ClipAndStep, Ours
 
 
 class Graphs:
@@ -107,7 +107,7 @@ def test_a_step_of_another_mode_is_not_captured(
 @pytest.mark.gpu
 def test_on_a_gpu() -> None:
     found = run(case(device="cuda"))
-    compiled = {each.name for each in rows.ROWS if each.per_tensor}
+    compiled = {each.name for each in registry.ROWS if each.per_tensor}
     failed = {r.name: r.reason for r in found.values() if r.status != "ok"}
     assert failed.keys() <= compiled, failed
     for name in found.keys() - failed.keys():
@@ -130,12 +130,12 @@ def _names(chosen: tuple[Row, ...]) -> set[str]:
 
 
 def test_rows_of_a_device() -> None:
-    on_cpu, on_gpu = (_names(rows.for_device(rows.ROWS, d)) for d in ("cpu", "cuda:1"))
+    on_cpu, on_gpu = (_names(registry.for_device(registry.ROWS, d)) for d in ("cpu", "cuda:1"))
     assert set(NAMES) - on_cpu == {STOCK_GRAPH, OUR_GRAPH}
     assert set(NAMES) - on_gpu == {"clip + for-loop", "optax, jax.jit"}
 
 
 def test_a_whole_name_is_that_row_alone() -> None:
-    assert _names(rows.choose([BASELINE])) == {BASELINE}
-    assert _names(rows.choose(["CUDA graph"])) == {STOCK_GRAPH, OUR_GRAPH}
-    assert _names(rows.choose(["fused"])) > {BASELINE, STOCK_GRAPH}
+    assert _names(registry.choose([BASELINE])) == {BASELINE}
+    assert _names(registry.choose(["CUDA graph"])) == {STOCK_GRAPH, OUR_GRAPH}
+    assert _names(registry.choose(["fused"])) > {BASELINE, STOCK_GRAPH}

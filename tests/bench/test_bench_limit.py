@@ -8,8 +8,8 @@ from operator import xor
 import torch
 from triton_runs import device, passed_in_the_interpreter
 
-from bench import limit_triton
-from bench.limit_triton import BLOCK, WORD, Move
+from bench.rows import limit_triton
+from bench.rows.limit_triton import BLOCK, WORD, Move
 
 __all__ = ["device"]
 

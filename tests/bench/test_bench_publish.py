@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from bench import publish
-from bench.environment import device_type
-from bench.results import CaseResult, Report, RowResult
-from bench.rows import BASELINE, OURS
+from bench.measuring.environment import device_type
+from bench.reporting.results import CaseResult, Report, RowResult
+from bench.rows.registry import BASELINE, OURS
 
 TEXT = """# A title
 before

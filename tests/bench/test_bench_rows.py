@@ -8,10 +8,10 @@ import pytest
 import torch
 from bench_cases import QUICK, case, row, run
 
-from bench import limit
-from bench.results import RowResult
-from bench.rows import BASELINE, LIMIT
-from bench.workload import Workload
+from bench.cases.workload import Workload
+from bench.reporting.results import RowResult
+from bench.rows import limit
+from bench.rows.registry import BASELINE, LIMIT
 
 
 def not_compiled(found: dict[str, RowResult]) -> dict[str, RowResult]:

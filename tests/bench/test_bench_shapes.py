@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from bench import shapes
+from bench.cases import shapes
 
 
 def test_lists_of_shapes() -> None:

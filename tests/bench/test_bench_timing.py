@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from bench_cases import case
 
-from bench.first_step import first_steps
-from bench.rows import OURS
-from bench.runs import Run
-from bench.timing import MOST, Clock, interleave, summarize
-from bench.workload import Workload
+from bench.cases.workload import Workload
+from bench.measuring.first_step import first_steps
+from bench.measuring.timing import MOST, Clock, interleave, summarize
+from bench.rows.registry import OURS
+from bench.rows.runs import Run
 
 
 def test_runs_take_turns() -> None:

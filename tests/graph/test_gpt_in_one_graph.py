@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from torch.optim import AdamW, lr_scheduler
 
 import compileclip
-from bench.gpt import GPT, GPTConfig, batches, read_text
+from bench.cases.gpt import GPT, GPTConfig, batches, read_text
 from compileclip import fallback
 from compileclip.fallback import FallbackWarning
 

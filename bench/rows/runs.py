@@ -12,9 +12,9 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 
 import compileclip
-from bench.case import NotRunError
-from bench.optimizers import MAX_NORM
-from bench.workload import Difference, Workload
+from bench.cases.case import NotRunError
+from bench.cases.workload import Difference, Workload
+from bench.rows.optimizers import MAX_NORM
 
 
 class Run:

@@ -10,11 +10,11 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.environment import headline
-from bench.results import CaseResult, Report, RowResult
-from bench.rows import LIMIT, NAMES, ROWS
-from bench.shapes import label
-from bench.tables import milliseconds
+from bench.cases.shapes import label
+from bench.measuring.environment import headline
+from bench.reporting.results import CaseResult, Report, RowResult
+from bench.reporting.tables import milliseconds
+from bench.rows.registry import LIMIT, NAMES, ROWS
 
 DPI = 120
 # Torch's rows blue, torch.compile's green, compileclip's in warm colors.

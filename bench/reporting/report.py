@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from bench.gpt import GPT, GPTConfig
-from bench.training import Result
-from bench.updates import COMPILED, ONE_GRAPH, REFERENCE, UPDATES, Recipe
+from bench.cases.gpt import GPT, GPTConfig
+from bench.measuring.training import Result
+from bench.rows.updates import COMPILED, ONE_GRAPH, REFERENCE, UPDATES, Recipe
 
 FIRST_STEPS = 5  # they compile and fill caches, so they do not count in a median
 LAST_STEPS = 10  # the final loss is their mean

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.case import NotRunError
-from bench.runs import Run
-from bench.timing import Clock, prepared, synchronize
+from bench.cases.case import NotRunError
+from bench.measuring.timing import Clock, prepared, synchronize
+from bench.rows.runs import Run
 
 SAFETY = 1.5  # times the host's time that the GPU is kept busy for, at first
 LEAST = 2e-4  # seconds beside that

@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable, Sequence
 from statistics import median
 
-from bench.results import CaseResult, RowResult
-from bench.rows import BASELINE, LIMIT
-from bench.timing import Times, summarize
+from bench.measuring.timing import Times, summarize
+from bench.reporting.results import CaseResult, RowResult
+from bench.rows.registry import BASELINE, LIMIT
 
 Part = dict[str, Times]  # what one process took: of each row, in the same rounds
 ENOUGH = 5  # rounds for a median

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from bench.case import NotRunError
-from bench.optimizers import MAX_NORM
-from bench.runs import Run
-from bench.workload import Difference, Workload
+from bench.cases.case import NotRunError
+from bench.cases.workload import Difference, Workload
+from bench.rows.optimizers import MAX_NORM
+from bench.rows.runs import Run
 
 
 class Optax(Run):

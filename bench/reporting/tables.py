@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 from tabulate import tabulate
 
-from bench.cores import APART
-from bench.results import CaseResult, RowResult
-from bench.rows import BASELINE, LIMIT
+from bench.measuring.cores import APART
+from bench.reporting.results import CaseResult, RowResult
+from bench.rows.registry import BASELINE, LIMIT
 
 NONE = "-"
 

@@ -10,14 +10,16 @@ from pathlib import Path
 
 from tqdm import tqdm  # type: ignore[import-untyped]  # it has no annotations
 
-from bench import environment, rows, tables
-from bench.again import Asked, Found, again
-from bench.case import Case, NotRunError
-from bench.environment import ROOT
-from bench.measure import Measurement, Method, explain
-from bench.memory import keep_freed_memory
-from bench.results import CaseResult, Report
-from bench.rows import Row
+from bench.cases.case import Case, NotRunError
+from bench.measuring import environment
+from bench.measuring.again import Asked, Found, again
+from bench.measuring.environment import ROOT
+from bench.measuring.measure import Measurement, Method, explain
+from bench.measuring.memory import keep_freed_memory
+from bench.reporting import tables
+from bench.reporting.results import CaseResult, Report
+from bench.rows import registry
+from bench.rows.registry import Row
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class _Job:
 
     def __init__(self, work: _Work, case: Case) -> None:
         self.work, self.case = work, case
-        self._rows = rows.for_device(work.plan.rows or rows.ROWS, case.device)
+        self._rows = registry.for_device(work.plan.rows or registry.ROWS, case.device)
         self.method, self.left = work.plan.method, work.plan.method.processes
         self._spare = self.left - 1  # processes in place of those whose cores lay apart
         self._measurement: Measurement | None = None

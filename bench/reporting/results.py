@@ -20,7 +20,7 @@ class RowResult:
         host_us: microseconds of a step until the host may go on, likewise.
         host_ratio: how many times as fast as the baseline's host, where that is timed by itself.
         ratio: how many times as fast as the baseline, over the rounds, likewise.
-        ratio_apart: the same over the rounds in which cores lay apart (``bench.cores``).
+        ratio_apart: the same over the rounds in which cores lay apart (``bench.measuring.cores``).
         gbps: gigabytes per second: what the step must move, divided by the median.
         bytes_per_parameter: what the limit moves in the time that the row takes.
         share_of_limit: the limit's time divided by the row's, over the rounds, likewise.
@@ -68,7 +68,7 @@ class CaseResult:
         reason: why the case was not measured at all, or "".
         rounds: how many count: those in which the cores lay near each other, if there are enough.
         processes: in how many these were.
-        core_latency_ns: the median over these (``bench.cores``); 0 where it is not known.
+        core_latency_ns: the median over these (``bench.measuring.cores``); 0 where it is not known.
         host_hidden: whether times are a GPU's alone, and the host's were taken by themselves.
     """
 

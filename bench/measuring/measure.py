@@ -13,16 +13,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.case import Case, NotRunError
-from bench.conclude import Part, conclude
-from bench.first_step import first_steps, use_caches
-from bench.gpu_timing import clock_for
-from bench.profile import profile_step
-from bench.results import CaseResult, RowResult
-from bench.rows import LIMIT, Row, check_compilation
-from bench.runs import Run
-from bench.timing import Times, interleave, synchronize
-from bench.workload import CLOSE, Workload, check_fits
+from bench.cases.case import Case, NotRunError
+from bench.cases.workload import CLOSE, Workload, check_fits
+from bench.measuring.conclude import Part, conclude
+from bench.measuring.first_step import first_steps, use_caches
+from bench.measuring.gpu_timing import clock_for
+from bench.measuring.profile import profile_step
+from bench.measuring.timing import Times, interleave, synchronize
+from bench.reporting.results import CaseResult, RowResult
+from bench.rows.registry import LIMIT, Row, check_compilation
+from bench.rows.runs import Run
 
 
 @dataclass(frozen=True)

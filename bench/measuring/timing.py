@@ -14,8 +14,8 @@ from statistics import median, quantiles
 import torch
 from torch import Tensor
 
-from bench.cores import APART, core_latency
-from bench.runs import Run
+from bench.measuring.cores import APART, core_latency
+from bench.rows.runs import Run
 
 MOST = 20  # times the repetitions that were asked for
 FLUSH_BYTES = {"cpu": 512 * 2**20, "cuda": 256 * 2**20}  # several times a last-level cache

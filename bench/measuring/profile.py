@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.runs import Run
-from bench.timing import synchronize
+from bench.measuring.timing import synchronize
+from bench.rows.runs import Run
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bench.case import Case, check_device, check_memory
-from bench.trajectory import SCALARS, State, Trajectory, draw, pieces
+from bench.cases.case import Case, check_device, check_memory
+from bench.cases.trajectory import SCALARS, State, Trajectory, draw, pieces
 
 # How far parameters and state may be from float64, beside how far the steps of the check went and
 # apart from ROUNDINGS of each element. Torch sums float32 squares in float32 on a CPU (its norm was

@@ -1,8 +1,8 @@
 """Rows timed once more, in a fresh process.
 
 Processes differ by a tenth of a short step's time and more, each as long as it lasts. ``python -m
-bench.again`` is such a process: it reads cases and names of rows from its input, and prints a line
-of JSON for each case.
+bench.measuring.again`` is such a process: it reads cases and names of rows from its input, and
+prints a line of JSON for each case.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any
 
 import torch
 
-from bench.case import Case
-from bench.environment import ROOT
-from bench.first_step import use_caches
-from bench.measure import Method, empty_caches, explain, forget_compiled, take_times
-from bench.memory import keep_freed_memory
-from bench.rows import ROWS
-from bench.runs import Run
-from bench.timing import Times
-from bench.workload import Workload
+from bench.cases.case import Case
+from bench.cases.workload import Workload
+from bench.measuring.environment import ROOT
+from bench.measuring.first_step import use_caches
+from bench.measuring.measure import Method, empty_caches, explain, forget_compiled, take_times
+from bench.measuring.memory import keep_freed_memory
+from bench.measuring.timing import Times
+from bench.rows.registry import ROWS
+from bench.rows.runs import Run
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def again(asked: Sequence[Asked]) -> Iterator[Found]:
     Raises:
         RuntimeError: the process ended before it had found all.
     """
-    command = [sys.executable, "-m", "bench.again"]
+    command = [sys.executable, "-m", "bench.measuring.again"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT) as process:
         assert process.stdin is not None

@@ -1,8 +1,8 @@
 """How long a first step takes: in a fresh process, with the caches on disk empty, then filled.
 
-``python -m bench.first_step`` is that process: it reads a case and a row's name from its input and
-prints seconds, from making the optimizer to the end of its first step; importing torch and making
-parameters come before.
+``python -m bench.measuring.first_step`` is that process: it reads a case and a row's name from its
+input and prints seconds, from making the optimizer to the end of its first step; importing torch
+and making parameters come before.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from bench.case import Case
-from bench.environment import ROOT
+from bench.cases.case import Case
+from bench.measuring.environment import ROOT
 
 
 def first_steps(
@@ -64,7 +64,7 @@ def _in_process(case: Case, row: str, limit: float) -> float | None:
     asked = {"case": asdict(case), "row": row, "threads": torch.get_num_threads()}
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "bench.first_step"],
+            [sys.executable, "-m", "bench.measuring.first_step"],
             input=json.dumps(asked),
             cwd=ROOT,
             capture_output=True,
@@ -79,9 +79,9 @@ def _in_process(case: Case, row: str, limit: float) -> float | None:
 
 def main() -> None:
     """Time the first step that the input asks for."""
-    from bench.rows import ROWS
-    from bench.timing import synchronize
-    from bench.workload import Workload
+    from bench.cases.workload import Workload
+    from bench.measuring.timing import synchronize
+    from bench.rows.registry import ROWS
 
     asked: dict[str, Any] = json.loads(sys.stdin.read())
     torch.set_num_threads(asked["threads"])

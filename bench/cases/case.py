@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from bench.optimizers import OPTIMIZERS, Recipe
-from bench.shapes import Shape, label
+from bench.cases.shapes import Shape, label
+from bench.rows.optimizers import OPTIMIZERS, Recipe
 
 GIB = 2**30
 # By the name that the command line takes: the dtypes of parameters and gradients, and of state.

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bench.case import NotRunError
-from bench.runs import Run
-from bench.workload import Workload
+from bench.cases.case import NotRunError
+from bench.cases.workload import Workload
+from bench.rows.runs import Run
 from compileclip.native import native_build
 
 CHUNK = 16384  # elements; each thread takes whole ones
@@ -189,7 +189,7 @@ class _Gpu:
     """Over two buffers of its own, of as many bytes as the case's."""
 
     def __init__(self, work: Workload) -> None:
-        from bench.limit_triton import Move
+        from bench.rows.limit_triton import Move
 
         self._move = Move(work.params[0].device, *_flat_bytes(work))
         self.scale = self._move.scale

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from bench.optimizers import MAX_NORM
-from bench.runs import Run, with_counts_on_device
-from bench.workload import Workload
+from bench.cases.workload import Workload
+from bench.rows.optimizers import MAX_NORM
+from bench.rows.runs import Run, with_counts_on_device
 
 
 class TwoCalls(Run):

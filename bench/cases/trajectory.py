@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from bench.case import Case, free_memory
-from bench.optimizers import MAX_NORM
+from bench.cases.case import Case, free_memory
+from bench.rows.optimizers import MAX_NORM
 
 SPREAD = 0.02  # of parameters, as models initialize them: a step must show beside it in bfloat16
 # Bytes per element of a checkpoint (float32) and of the reference (float64), with two states.

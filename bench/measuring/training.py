@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm  # type: ignore[import-untyped]  # it has no annotations
 
-from bench.gpt import GPT, GPTConfig, batches
-from bench.updates import (
+from bench.cases.gpt import GPT, GPTConfig, batches
+from bench.rows.updates import (
     COMPILED,
     ONE_GRAPH,
     REFERENCE,

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bench.runs import ClipAndStep, Ours, Run
-from bench.workload import Workload
+from bench.cases.workload import Workload
+from bench.rows.runs import ClipAndStep, Ours, Run
 
 WARM_UP = 3  # steps before the capture, on a side stream: kernels are compiled and state laid out
 

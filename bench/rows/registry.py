@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from bench import graph_rows
-from bench.case import NotRunError
-from bench.compiled_rows import OneGraph, TwoCalls
-from bench.limit import Limit
-from bench.optax_row import Optax
-from bench.runs import ByHand, ClipAndStep, Ours, Run
-from bench.workload import Workload
+from bench.cases.case import NotRunError
+from bench.cases.workload import Workload
+from bench.rows import graph_rows
+from bench.rows.compiled_rows import OneGraph, TwoCalls
+from bench.rows.limit import Limit
+from bench.rows.optax_row import Optax
+from bench.rows.runs import ByHand, ClipAndStep, Ours, Run
 
 BASELINE = "clip + fused"
 LIMIT = "limit: moves the bytes"

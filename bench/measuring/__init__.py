@@ -1,0 +1,1 @@
+"""How it is measured: rows in turns, processes, profiles. Read ``measure.py`` first."""

@@ -1,0 +1,1 @@
+"""What was measured, as JSON, tables and plots. Read ``results.py`` first."""
