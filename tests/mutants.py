@@ -249,7 +249,8 @@ def survives(copy: Path, file: str, old: str, new: str, tests: str) -> bool:
         environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
         command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *tests.split()]
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
-        assert done.returncode in (0, 1), done.stdout + done.stderr
+        # A process that crashes has noticed it, too.
+        assert done.returncode <= 1, done.stdout + done.stderr
         return done.returncode == 0
     finally:
         path.write_text(text)

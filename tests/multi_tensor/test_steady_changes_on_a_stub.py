@@ -63,6 +63,15 @@ def test_a_step_that_is_another(change: str, opt: Any, stub: Stub) -> None:
         assert not is_quick(opt)
 
 
+def test_a_count_on_the_device_that_somebody_writes(stub: Stub) -> None:
+    """Nobody reads its value, but the parameters of a bucket share it."""
+    opt = wrapped(torch.optim.AdamW, {"lr": 1e-2, "capturable": True}, nonfinite="skip")
+    steps(opt, 4)
+    assert is_quick(opt)
+    opt.state[all_params(opt)[1]]["step"].add_(3)
+    assert not is_quick(opt)
+
+
 def test_numbers_may_change(opt: Any, stub: Stub) -> None:
     for i in range(4):
         opt.param_groups[0].update(lr=0.1 / (1 + i), betas=(0.8, 0.9), weight_decay=0.1 + i)
