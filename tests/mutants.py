@@ -216,6 +216,8 @@ MUTANTS = [
      "", "tests/wrapper/test_refusals.py"),
     ("gradients that a step writes", "eager/eager_step.py", "or _writes_gradients(optimizer))",
      "or False)", "tests/wrapper/test_found_by_users.py"),
+    ("gradients of two parameters", "eager/eager_step.py", "torch.float32 and distinct and not",
+     "torch.float32 and not", "tests/wrapper/test_found_by_users.py"),
     ("eager mode first", "multi_tensor/multi_tensor_step.py",
      "                if refused:\n                    step_others(refused)\n", "",
      "tests/multi_tensor/test_bucket_refusals.py"),

@@ -104,8 +104,7 @@ def _update(optimizer: Optimizer, settings: ClipSettings, grads: Gradients, norm
         return
     coef = None if settings.max_norm is None else reference.clip_coef(settings.max_norm, norm)
     if coef is not None and settings.write_grads is not True and _is_known_to_be_one(coef):
-        # Nothing to scale, nor to write back. Where gradients are to be written, those that cannot
-        # be, such as expanded ones, are still replaced below.
+        # Nothing to scale nor to write; with write_grads=True expanded ones are replaced below.
         coef = None
     amp = None if grads.grad_scale is None else grads.grad_scale.to(norm.device)
     fused = takes_grad_scale(optimizer)
@@ -203,11 +202,13 @@ def _is_asynchronous(device: torch.device) -> bool:
 
 
 def _takes_this_scale(grads: Gradients, norm: Tensor) -> bool:
-    """Whether fused kernels may have the coefficient, which they read as float32.
+    """Whether fused kernels, which also write what they scale, may have the float32 coefficient.
 
-    A float64 gradient deserves a float64 coefficient, and a ``DTensor`` takes no plain scale.
+    A float64 gradient deserves a float64 one, a ``DTensor`` takes no plain scale, and a gradient of
+    two parameters would be scaled twice.
     """
-    return norm.dtype == torch.float32 and not any(map(is_sharded, grads.params))
+    distinct = len({id(p.grad) for p in grads.params}) == len(grads.params)
+    return norm.dtype == torch.float32 and distinct and not any(map(is_sharded, grads.params))
 
 
 def _unhooked_step(optimizer: Optimizer) -> Callable[[], object]:
@@ -287,8 +288,7 @@ def _set_grads(pairs: Sequence[tuple[Tensor, Tensor]], grads: Sequence[Tensor | 
 
 def _pieces(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Split ``pairs`` so that the gradients of each piece fill ``COPY_BYTES`` at most."""
-    piece: list[tuple[Tensor, Tensor]] = []
-    size = 0
+    piece, size = list[tuple[Tensor, Tensor]](), 0
     for p, grad in pairs:
         nbytes = (grad._values() if grad.layout == torch.sparse_coo else local(grad)).nbytes
         if piece and size + nbytes > COPY_BYTES:

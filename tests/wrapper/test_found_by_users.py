@@ -119,3 +119,20 @@ def test_state_whose_layout_is_changed_in_place(change: str, name: str) -> None:
     assert type(found[0]) is type(found[1])
     if isinstance(found[0], torch.Tensor):
         torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("write_grads", [None, True, False])
+@pytest.mark.parametrize("mode", ["eager", "auto"])
+def test_a_gradient_of_two_parameters_is_clipped_once(
+    mode: str, write_grads: bool | None, fused: bool
+) -> None:
+    params = [nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    sgd = torch.optim.SGD(params, lr=1.0, fused=fused)
+    opt = compileclip.wrap(sgd, 1.0, write_grads=write_grads, mode=mode)
+    for step in range(1, 4):
+        params[0].grad = params[1].grad = torch.full((3,), 4.0)
+        opt.step()
+        expected = torch.full((3,), -4.0 * step / (4.0 * 6**0.5 + 1e-6))
+        for p in params:
+            torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=0)
