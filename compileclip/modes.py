@@ -10,6 +10,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -172,15 +173,19 @@ class Modes:
         norm = self.kernels.norm(settings, copies, scaler)
         report(norm.total)
 
-        def step_eagerly(params: list[Tensor]) -> None:
+        def step_eagerly(params: list[Tensor], how: ClipSettings) -> None:
             self._warn(settings)
             grads = Gradients(scaler.grad_scale, scaler.found_inf, params)
-            self._eager(settings, grads, norm.value())
+            self._eager(how, grads, norm.value())
+
+        def step_others(params: list[Tensor]) -> None:
+            # Kernels read gradients afterwards, and one may be of two parameters.
+            step_eagerly(params, replace(settings, write_grads=settings.write_grads or False))
 
         # A norm of a class that has operations of its own may have no memory to read.
         is_plain = type(norm.total) is Tensor
-        if not (is_plain and self.kernels.run(settings, copies, norm, scaler, step_eagerly)):
-            step_eagerly(eager_step.params_with_grad(self._optimizer))
+        if not (is_plain and self.kernels.run(settings, copies, norm, scaler, step_others)):
+            step_eagerly(eager_step.params_with_grad(self._optimizer), settings)
         del held
 
     def _warn(self, settings: ClipSettings) -> None:

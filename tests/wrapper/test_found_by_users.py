@@ -136,3 +136,22 @@ def test_a_gradient_of_two_parameters_is_clipped_once(
         expected = torch.full((3,), -4.0 * step / (4.0 * 6**0.5 + 1e-6))
         for p in params:
             torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("write_grads", [None, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_gradient_of_a_parameter_that_is_served_and_of_one_that_is_not(
+    write_grads: bool | None, fused: bool
+) -> None:
+    """Eager mode steps first, with the one that has gaps in memory."""
+    params = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(8)[::2])]
+    sgd = torch.optim.SGD(params, lr=1.0, fused=fused)
+    opt = compileclip.wrap(sgd, 1.0, write_grads=write_grads)
+    for step in range(1, 5):
+        params[0].grad = params[1].grad = torch.full((4,), 4.0)
+        opt.step()
+        expected = torch.full((4,), -4.0 * step / (4.0 * 8**0.5 + 1e-6))
+        for p in params:
+            torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=0)
+    assert opt._modes.kernels is not None
+    assert len(opt._modes.kernels.refused) == 1
