@@ -179,8 +179,14 @@ class Modes:
             self._eager(how, grads, norm.value())
 
         def step_others(params: list[Tensor]) -> None:
+            from compileclip.buckets.grouping import overlap
+
             # Kernels read gradients afterwards, and one may be of two parameters.
-            step_eagerly(params, replace(settings, write_grads=settings.write_grads or False))
+            grads = [
+                p.grad for p in eager_step.params_with_grad(self._optimizer) if p.grad is not None
+            ]
+            shared = settings.write_grads is None and overlap(grads)
+            step_eagerly(params, replace(settings, write_grads=False) if shared else settings)
 
         # A norm of a class that has operations of its own may have no memory to read.
         is_plain = type(norm.total) is Tensor
