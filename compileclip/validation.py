@@ -1,7 +1,7 @@
 """What would be accepted and have no effect, or a wrong one: refused when an optimizer is wrapped.
 
 Private marks are looked for here: those that torch 2.13, DeepSpeed, Megatron-Core and fairscale set
-on parameters.
+on parameters, and the modules in which torch and fairscale make an optimizer of some parameters.
 """
 
 from __future__ import annotations
@@ -16,20 +16,12 @@ from torch.optim import Optimizer
 # Keys of a parameter group that would be taken to clip that group alone: our arguments, and what
 # trainers and other libraries call theirs.
 _OURS = ("max_norm", "norm_type", "norm_group", "nonfinite", "write_grads", "error_if_nonfinite")
-_OF_OTHERS = (
-    *(
-        "max_grad_norm",
-        "max_grad_value",
-        "clip",
-        "clip_grad",
-        "clip_norm",
-        "clip_value",
-        "clipnorm",
-    ),
-    *("clip_grad_norm", "clip_grad_value", "clip_mode", "grad_clip", "grad_clip_norm", "clipvalue"),
-    *("gradient_clipping", "gradient_clip_val", "gradient_clip_algorithm", "global_clipnorm"),
-)
-BOUNDS = frozenset({*_OURS, *_OF_OTHERS})
+_OF_OTHERS = """
+    clip clip_grad clip_grad_norm clip_grad_value clip_mode clip_norm clip_value clipnorm clipvalue
+    global_clipnorm grad_clip grad_clip_norm gradient_clip_algorithm gradient_clip_val
+    gradient_clipping max_grad_norm max_grad_value
+"""
+BOUNDS = frozenset({*_OURS, *_OF_OTHERS.split()})
 # By its mark, whose parameters or gradients are one rank's part of something larger.
 _PARTS = {
     "_fsdp_flattened": "FSDP1 (FullyShardedDataParallel)",
@@ -39,10 +31,13 @@ _PARTS = {
     "_hp_mapping": "DeepSpeed's ZeRO",
     "tensor_model_parallel": "Megatron's tensor parallelism",
 }
-# By their module, what makes an optimizer on each rank, for some of the parameters.
+# By their module, what makes an optimizer on each rank for some of the parameters, and the remedy.
 _SHARDING = {
-    "torch.distributed.optim.zero_redundancy_optimizer": "ZeroRedundancyOptimizer",
-    "fairscale.optim.oss": "OSS",
+    "torch.distributed.optim.zero_redundancy_optimizer": (
+        "ZeroRedundancyOptimizer",
+        "wrap that: compileclip.wrap(ZeroRedundancyOptimizer(params, {kind}, ...), max_norm)",
+    ),
+    "fairscale.optim.oss": ("fairscale's OSS", "call its clip_grad_norm before each step"),
 }
 
 
@@ -52,14 +47,12 @@ def check_optimizer(optimizer: Optimizer) -> None:
     Raises:
         ValueError: something does; the message says what, and what helps.
     """
-    for module in _callers():
-        if module in _SHARDING:
-            name, kind = _SHARDING[module], type(optimizer).__name__
-            raise ValueError(
-                f"{name} gives each rank some of the parameters, of which the {kind} that it makes "
-                "would take a norm of its own; let it make a bare one and wrap that: "
-                f"compileclip.wrap({name}(params, {kind}, ...), max_norm)"
-            )
+    for module in filter(_SHARDING.__contains__, _callers()):
+        (name, remedy), kind = _SHARDING[module], type(optimizer).__name__
+        raise ValueError(
+            f"{name} gives each rank some of the parameters, of which the {kind} that it makes "
+            f"would take a norm of its own; let it make a bare one, and {remedy.format(kind=kind)}"
+        )
     for group in optimizer.param_groups:
         check_group(group, optimizer)
 

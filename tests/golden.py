@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from compileclip.lowering.cpp import cpp_kernel
+from compileclip.lowering.cpp import cpp_kernel, cpp_prelude
 from compileclip.lowering.triton import triton_source
 from compileclip.passes.insert_norm_and_scale import InsertNormAndScale
 from compileclip.recording.program_builder import Kind, assemble
@@ -47,7 +47,10 @@ def generated(name: str, on_device: bool) -> Iterator[tuple[str, str]]:
         return
     yield f"{name}.recorded.txt", "\n".join(map(str, recording.calls))
     yield f"{name}.inserted.txt", f"{program.graph}\n"
-    yield f"{name}.cpp", cpp_kernel.source(program)
+    # What all begin with is there once, in cpp_prelude.py.
+    source = cpp_kernel.source(program)
+    assert cpp_prelude.PRELUDE in source
+    yield f"{name}.cpp", source.replace(cpp_prelude.PRELUDE, "// PRELUDE\n")
 
 
 def all_files() -> dict[str, str]:

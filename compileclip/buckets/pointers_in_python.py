@@ -15,7 +15,7 @@ from compileclip.buckets.bucket import Bucket, StaleError
 
 
 class Surroundings:
-    """As ``gather.Surroundings``."""
+    """As ``pointers.Surroundings``."""
 
     def __init__(self, optimizer: Optimizer, refused: Iterable[Tensor]) -> None:
         self._optimizer, self._refused = optimizer, list(refused)

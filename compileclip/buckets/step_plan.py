@@ -61,6 +61,7 @@ class Plan:
         if self.refused and self._is_foreign:
             buckets = []  # the step of another class must not be split
         self._marks = marks(self.params) if self._is_foreign else []
+        self._not_served = self._kinds_not_served()
         without = {p for p, _ in self.refused} if buckets else set(params)
         served = [p for p in params if p not in without]
         self.sizes = array("q", map(Tensor.numel, served))
@@ -86,6 +87,8 @@ class Plan:
             raise StaleError
         if self._is_foreign and marks(self.params) != self._marks:
             raise StaleError
+        if self.refused and self._kinds_not_served() != self._not_served:
+            raise StaleError  # they may be served now
         copies = []
         for table in self.tables:
             if not table.bucket.is_unchanged():
@@ -93,6 +96,11 @@ class Plan:
             if not table.gather():
                 copies += _in_layout(table)
         return copies
+
+    def _kinds_not_served(self) -> list[object]:
+        """What the gradients of ``refused`` are."""
+        grads = [p.grad for p, _ in self.refused]
+        return [None if g is None else (type(g), g.layout, g.dtype) for g in grads]
 
     def may_write_grads(self) -> bool:
         """Whether no two gradients share memory, where all are laid out as their parameters."""

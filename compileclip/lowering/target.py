@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Addresses(Protocol):
-    """Of a bucket's tensors, as ``gather.Table`` has them."""
+    """Of a bucket's tensors, as ``pointers.Table`` has them."""
 
     addresses: array[int]
     grads: slice

@@ -88,7 +88,7 @@ def check(
 
 @dataclass
 class _Table:
-    """As ``gather.Table``, of copies."""
+    """As ``pointers.Table``, of copies."""
 
     addresses: array[int]
     grads: slice = field(default_factory=lambda: slice(0, 0))

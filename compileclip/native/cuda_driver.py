@@ -28,7 +28,7 @@ from compileclip.fallback import UnsupportedError
 from compileclip.native.native_build import CompilerError
 from compileclip.native.native_tensors import address, library
 
-# In the order of "Driver" in driver_source.py; AMD's driver has the same under other names.
+# In the order of "Driver" in cuda_driver_source.py; AMD's driver has the same under other names.
 FUNCTIONS = (
     "cuLaunchKernel",
     "cuMemcpyHtoDAsync_v2",

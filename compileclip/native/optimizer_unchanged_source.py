@@ -1,4 +1,4 @@
-"""The C++ of ``gather.Surroundings``: whether an optimizer is still what it was.
+"""The C++ of ``pointers.Surroundings``: whether an optimizer is still what it was.
 
 It follows the code of ``native_tensors_source.py`` in one library.
 """

@@ -216,3 +216,49 @@ def test_an_error_of_eager_mode_leaves_the_others_as_they_were(name: str, first:
                 opt.step()
         assert_same(ours.param_groups[0]["params"], theirs.param_groups[0]["params"], "parameter")
         assert same(ours.total_norm, theirs.total_norm)
+
+
+class LateState(Lion):
+    """Makes more state in its second step, and looks at all gradients before it steps."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if any(p.grad.is_sparse for p in params):
+            raise RuntimeError("no sparse gradients")
+        for p in params:
+            state = self.state[p]
+            if "first" in state and "second" not in state:
+                state["second"] = torch.zeros_like(p)
+            if "first" not in state:
+                state["first"] = torch.zeros_like(p)
+            for moment in state.values():
+                moment.mul_(0.9).add_(p.grad)
+                p.add_(moment, alpha=-0.1)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("touched", [False, True])
+def test_an_error_of_eager_mode_leaves_no_new_state(at: int, touched: bool) -> None:
+    given = params_like([(5, 3)] * 3)
+    ours, theirs = (
+        compileclip.wrap(LateState(params), 1.0, mode=mode)
+        for mode, params in (("auto", given), ("eager", clone_params(given)))
+    )
+    for opt in (ours, theirs):
+        params = all_params(opt)
+        for step in range(5):
+            set_grads(params, step)
+            if step == at:
+                before = [sorted(opt.state[p]) for p in params] if touched else None
+                params[1].grad = params[1].grad.to_sparse()
+                with pytest.raises(RuntimeError, match="sparse"):
+                    opt.step()
+                assert before in (None, [sorted(opt.state[p]) for p in params])
+                set_grads(params, step)  # eager mode may have scaled some
+            opt.step()
+    for p, q in zip(all_params(ours), all_params(theirs), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+    for (name, mine), (_, other) in zip(flat_state(ours), flat_state(theirs), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-5, msg=name)
+    assert ours._modes.kernels.why_not is None

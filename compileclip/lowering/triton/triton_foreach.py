@@ -95,7 +95,7 @@ def on_gradients(
 
 
 def _quickly(tensors: Sequence[Tensor], first: Tensor, task: Task) -> Tensor | None:
-    """What ``gpu_list.run`` returns, if that may be asked."""
+    """What ``native_foreach.run`` returns, if that may be asked."""
     if _failed or type(tensors) is not list or not plain_tensors.runs_for_real() or is_disabled():
         return None
     from compileclip.native import native_foreach
