@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copyreg
 import inspect
-from dataclasses import astuple
+from dataclasses import asdict
 from typing import Any
 
 from torch.optim import Optimizer
 
+from compileclip.distributed.shards import given_groups
 from compileclip.optimizer import ClippedOptimizer
 from compileclip.settings import ClipSettings
 from compileclip.wrappable import check_step
@@ -39,6 +40,7 @@ def clipped(
     nonfinite: str = "propagate",
     write_grads: bool | None = None,
     mode: str = "auto",
+    process_group: Any = None,
 ) -> type[ClippedOptimizer]:
     """Make of an optimizer's class one whose instances clip.
 
@@ -52,6 +54,7 @@ def clipped(
         nonfinite: what a NaN or infinite norm does.
         write_grads: whether ``p.grad`` holds the clipped gradient after the step.
         mode: how the step is run.
+        process_group: the ranks that hold other plain parameters.
 
     Returns:
         A subclass of ``ClippedOptimizer`` that takes the arguments of ``cls``, named after it
@@ -70,7 +73,8 @@ def clipped(
     if issubclass(cls, ClippedOptimizer):
         raise ValueError(f"{cls.__name__} clips already; call clipped() with the class it wraps")
     check_step(cls)
-    settings = ClipSettings(max_norm, norm_type, nonfinite, write_grads, mode)
+    groups = given_groups(process_group)
+    settings = ClipSettings(max_norm, norm_type, nonfinite, write_grads, mode, groups)
     made = _classes.get((cls, settings))
     # By setdefault, for two threads may come here at once.
     return _classes.setdefault((cls, settings), _made(cls, settings)) if made is None else made
@@ -99,20 +103,12 @@ def _made(cls: type[Optimizer], settings: ClipSettings) -> type[ClippedOptimizer
     return made  # type: ignore[no-any-return]
 
 
-def _remake(cls: type[Optimizer], *settings: Any) -> type[ClippedOptimizer]:
-    max_norm, norm_type, nonfinite, write_grads, mode = settings
-    return clipped(
-        cls,
-        max_norm,
-        norm_type=norm_type,
-        nonfinite=nonfinite,
-        write_grads=write_grads,
-        mode=mode,
-    )
+def _remake(cls: type[Optimizer], settings: dict[str, Any]) -> type[ClippedOptimizer]:
+    return clipped(cls, **settings)
 
 
 def _reduced(made: ClippedClass) -> tuple[Any, ...]:
-    return _remake, (made.wrapped_class, *astuple(made.settings))
+    return _remake, (made.wrapped_class, asdict(made.settings))
 
 
 copyreg.pickle(ClippedClass, _reduced)

@@ -30,6 +30,7 @@ class Delegate(Optimizer):
     """
 
     optimizer: Optimizer
+    total_norm: Any
     _stand_in: Any
 
     def _delegate_to(self, optimizer: Optimizer) -> None:
@@ -59,6 +60,14 @@ class Delegate(Optimizer):
 
     def _eager_step(self, closure: Callable[[], Any] | None = None) -> Any:
         raise NotImplementedError
+
+    @property
+    def _opt_called(self) -> bool:
+        return self.total_norm is not None
+
+    @_opt_called.setter
+    def _opt_called(self, value: bool) -> None:
+        """Of no use: a scheduler says so of a trainer's object whose class is made of this one."""
 
     def _has_hooks(self) -> bool:
         return bool(

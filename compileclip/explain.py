@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from compileclip.eager import eager_step
+from compileclip.eager.unhooked_step import is_torchs_own
 from compileclip.modes import Modes
 from compileclip.settings import ClipSettings
 
@@ -101,7 +102,7 @@ def _scale(optimizer: Optimizer, settings: ClipSettings, dtype: torch.dtype, com
     if compiled:
         return "inside the update" + (", written back" if settings.write_grads else "")
     if settings.write_grads is False:
-        pieces = eager_step.is_torchs_own(optimizer)
+        pieces = is_torchs_own(optimizer)
         return "on copies, piece by piece" if pieces else "on copies, all at once"
     if eager_step.takes_grad_scale(optimizer) and dtype != torch.float64:
         return "in the fused kernel, written back"

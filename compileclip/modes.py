@@ -18,10 +18,12 @@ from torch.optim import Optimizer
 
 from compileclip.eager import eager_step
 from compileclip.eager.eager_step import Gradients, Scaler
+from compileclip.eager.norm_over_ranks import are_parts
 from compileclip.eager.optimizer_state import can_undo
 from compileclip.fallback import warn_fallback
 from compileclip.lowering import is_disabled, why_no_kernels
 from compileclip.settings import ClipSettings
+from compileclip.step_over_ranks import StepOverRanks
 from compileclip.validation import check_parameter
 
 if TYPE_CHECKING:
@@ -49,12 +51,14 @@ class Modes:
     Attributes:
         compiled: the step of mode ``inductor``, once it was asked for.
         kernels: the step of mode ``multi_tensor``, likewise.
+        over_ranks: the step where ranks hold parts of the parameters, once that was so.
         lock: held during a step, in which other threads may run.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.compiled: CompiledStep | None = None
         self.kernels: MultiTensorStep | None = None
+        self.over_ranks: StepOverRanks | None = None
         self._optimizer = optimizer
         self._checked = False  # the parameters
         self.lock = threading.RLock()
@@ -77,8 +81,15 @@ class Modes:
             RuntimeError: ``nonfinite="raise"`` and the norm is not finite, or a gradient lies on
                 another device than its parameter; nothing was changed.
         """
+        if self.over_ranks is not None:
+            self._step_over_ranks(self.over_ranks, settings, scaler, report)
+            return
         kernels = settings.mode in ("auto", "multi_tensor") and not is_disabled()
         if kernels and self._again(settings, scaler, report):
+            return
+        if are_parts(self._optimizer, settings):
+            self.over_ranks = StepOverRanks(self._optimizer)
+            self._step_over_ranks(self.over_ranks, settings, scaler, report)
             return
         params = eager_step.params_with_grad(self._optimizer)
         if not self._checked:  # a parameter may have become one rank's part after it was wrapped
@@ -97,6 +108,18 @@ class Modes:
         report(norm)
         eager_step.update(self._optimizer, settings, grads, norm)
 
+    def _step_over_ranks(
+        self,
+        over_ranks: StepOverRanks,
+        settings: ClipSettings,
+        scaler: Scaler,
+        report: Callable[[Tensor], None],
+    ) -> None:
+        try:
+            over_ranks.step(settings, scaler, report)
+        finally:
+            self.kernels, self.compiled = over_ranks.kernels, over_ranks.compiled
+
     def set_bound(self, max_norm: float | None) -> None:
         """Let it be known at once, for a CUDA graph is replayed without a call of ``step``."""
         if self.kernels is not None:
@@ -111,6 +134,7 @@ class Modes:
             return "eager" if refused else "inductor"
         if self.kernels is None:
             return "eager" if why_no_kernels(param.device) else "multi_tensor"
+        param = param if self.over_ranks is None else self.over_ranks.ranks.local.view(param)
         return "multi_tensor" if self.kernels.serves_one(param) else "eager"
 
     @property
@@ -176,7 +200,7 @@ class Modes:
         def step_eagerly(params: list[Tensor], how: ClipSettings) -> None:
             self._warn(settings)
             grads = Gradients(scaler.grad_scale, scaler.found_inf, params)
-            self._eager(how, grads, norm.value())
+            eager_step.update_among(self._optimizer, how, grads, norm.value())
 
         def step_others(params: list[Tensor]) -> None:
             from compileclip.buckets.grouping import overlap
@@ -198,19 +222,6 @@ class Modes:
         assert self.kernels is not None
         if settings.mode == "multi_tensor" and self.kernels.why_not is not None:
             warn_fallback('mode="multi_tensor"', *self.kernels.why_not)
-
-    def _eager(self, settings: ClipSettings, grads: Gradients, norm: Tensor) -> None:
-        """Step in eager mode with the parameters of ``grads`` alone."""
-        among = set(grads.params)
-        with_grad = eager_step.params_with_grad(self._optimizer)
-        stepped = [(p, p.grad) for p in with_grad if p not in among]
-        try:
-            for p, _ in stepped:
-                p.grad = None
-            eager_step.update(self._optimizer, settings, grads, norm)
-        finally:
-            for p, grad in stepped:
-                p.grad = grad
 
     def _inductor(
         self, settings: ClipSettings, grads: Gradients, report: Callable[[Tensor], None]

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from compileclip import validation
 from compileclip.delegate import Delegate, decides_on_overflows
+from compileclip.distributed.shards import given_groups
 from compileclip.double_clipping import ClippedBefore
 from compileclip.eager.eager_step import Scaler
 from compileclip.graph.backward_leaves import WITHOUT_GRADIENTS
@@ -35,6 +36,7 @@ def wrap(
     nonfinite: str = "propagate",
     write_grads: bool | None = None,
     mode: str = "auto",
+    process_group: Any = None,
 ) -> ClippedOptimizer:
     """Make ``optimizer.step()`` clip the total norm of all its gradients before it updates.
 
@@ -65,6 +67,9 @@ def wrap(
             norm and scale fused into the update; ``"eager"``. A mode asked for by name goes eager
             with one ``FallbackWarning`` where it cannot be. ``"auto"`` is the first where it
             serves, and eager elsewhere.
+        process_group: the ranks that hold other plain parameters under the same bound: a pipeline's
+            stages, FSDP1's shards. A ``ProcessGroup``, a ``DeviceMesh``, or a list of these, in
+            each of which this rank is. ``DTensor`` and ``DistributedDataParallel`` need none.
 
     Returns:
         A ``ClippedOptimizer``.
@@ -72,9 +77,11 @@ def wrap(
     Raises:
         TypeError: ``optimizer`` is no optimizer, or a number is not one.
         ValueError: a value is out of its range, ``optimizer`` is wrapped already, its step needs a
-            closure (``LBFGS``), or it is what ``accelerator.prepare`` has made of one.
+            closure (``LBFGS``), it is what ``accelerator.prepare`` has made of one, or this rank is
+            not in ``process_group``.
     """
-    settings = ClipSettings(max_norm, norm_type, nonfinite, write_grads, mode)
+    groups = given_groups(process_group)
+    settings = ClipSettings(max_norm, norm_type, nonfinite, write_grads, mode, groups)
     return ClippedOptimizer(optimizer, settings)
 
 
@@ -99,7 +106,7 @@ class ClippedOptimizer(Delegate):
     def __init__(self, optimizer: Optimizer, settings: ClipSettings) -> None:
         _check_not_wrapped(optimizer)
         check_optimizer(optimizer)
-        validation.check_optimizer(optimizer)
+        validation.check_optimizer(optimizer, parts=settings.process_group is not None)
         self.__setstate__({"optimizer": optimizer, "settings": settings, "total_norm": None})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -180,14 +187,6 @@ class ClippedOptimizer(Delegate):
     def total_norm(self, value: Tensor | None) -> None:
         # Dynamo loses what is set on an optimizer, but not on another object.
         self._stand_in.total_norm = value
-
-    @property
-    def _opt_called(self) -> bool:
-        return self.total_norm is not None
-
-    @_opt_called.setter
-    def _opt_called(self, value: bool) -> None:
-        """Of no use: a scheduler says so of a trainer's object whose class is made of this one."""
 
     def _why_not_traced(self, closure: object, have: tuple[bool, ...]) -> str | None:
         """Why a step cannot be part of a graph, or None if it can.

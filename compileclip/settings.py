@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from compileclip.distributed.process_groups import ProcessGroups
 
 T = TypeVar("T")
 NONFINITE = ("propagate", "raise", "skip")
@@ -29,6 +32,7 @@ class ClipSettings:
     nonfinite: str = "propagate"
     write_grads: bool | None = None
     mode: str = "auto"
+    process_group: ProcessGroups | None = None
 
     def __post_init__(self) -> None:
         if self.max_norm is not None:

@@ -41,8 +41,12 @@ _SHARDING = {
 }
 
 
-def check_optimizer(optimizer: Optimizer) -> None:
+def check_optimizer(optimizer: Optimizer, parts: bool = False) -> None:
     """See that nothing of ``optimizer`` keeps its wrapped step from meaning what it seems to.
+
+    Args:
+        optimizer: which is to be wrapped.
+        parts: whether it is known that ranks hold parts of the parameters.
 
     Raises:
         ValueError: something does; the message says what, and what helps.
@@ -54,10 +58,10 @@ def check_optimizer(optimizer: Optimizer) -> None:
             f"would take a norm of its own; let it make a bare one, and {remedy.format(kind=kind)}"
         )
     for group in optimizer.param_groups:
-        check_group(group, optimizer)
+        check_group(group, optimizer, parts)
 
 
-def check_group(group: Mapping[str, Any], optimizer: Optimizer) -> None:
+def check_group(group: Mapping[str, Any], optimizer: Optimizer, parts: bool = False) -> None:
     """See that a parameter group asks for nothing that would be ignored.
 
     Raises:
@@ -69,7 +73,7 @@ def check_group(group: Mapping[str, Any], optimizer: Optimizer) -> None:
             "differentiable=True: no gradient flows through a step that clips; call "
             "torch.nn.utils.clip_grad_norm_ on the gradients and step the bare optimizer"
         )
-    for p in group["params"]:
+    for p in () if parts else group["params"]:
         if isinstance(p, Tensor):  # what else there may be, the optimizer will say
             check_parameter(p)
 
@@ -154,6 +158,7 @@ def check_parameter(param: Tensor) -> None:
         raise ValueError(
             f"a parameter of shape {tuple(param.shape)} is one rank's part, of {whose}: each rank "
             "would clip by the norm of its own part; clip with that library's own function (such "
-            "as FullyShardedDataParallel.clip_grad_norm_) and step the bare optimizer, or shard "
-            "with FSDP2 (torch.distributed.fsdp.fully_shard)"
+            "as FullyShardedDataParallel.clip_grad_norm_) and step the bare optimizer, wrap with "
+            "process_group=, the ranks that hold the parts, or shard with FSDP2 "
+            "(torch.distributed.fsdp.fully_shard)"
         )

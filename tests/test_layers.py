@@ -9,7 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"", "optimizer", "clipped", "explain", "modes", "wrappable", "double_clipping"},
+    {"", "optimizer", "clipped", "explain", "modes", "wrappable", "double_clipping"}
+    | {"step_over_ranks"},
     {"graph"},
     {"multi_tensor"},
     {"custom_optimizers"},
@@ -17,6 +18,7 @@ LAYERS = [
     {"recording"},
     {"passes"},
     {"eager"},
+    {"distributed"},
     {"lowering"},
     {"native"},
     {"delegate"},

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from compileclip.buckets.bucket import Bucket
 from compileclip.buckets.pointers import Table
-from compileclip.eager.eager_step import is_torchs_own
+from compileclip.eager.unhooked_step import is_torchs_own
 from compileclip.recording.program_builder import COUNT
 from compileclip.recording.recorder import Recording, is_same, record, replay
 from compileclip.recording.scalar_formula import Formula, kinds

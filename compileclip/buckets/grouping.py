@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from compileclip.buckets.bucket import Bucket
-from compileclip.eager.eager_step import is_torchs_own
+from compileclip.eager.unhooked_step import is_torchs_own
 from compileclip.lowering.plain_tensors import is_dense
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

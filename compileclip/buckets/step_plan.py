@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from compileclip.buckets.bucket import StaleError
 from compileclip.buckets.grouping import sort
 from compileclip.buckets.pointers import Table, surroundings
-from compileclip.eager.eager_step import is_torchs_own
+from compileclip.eager.unhooked_step import is_torchs_own
 from compileclip.lowering.cpp.cpp_norm import first_chunks
 from compileclip.recording.optimizer_attributes import marks
 

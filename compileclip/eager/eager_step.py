@@ -13,19 +13,19 @@ Private parts of torch used here, read in torch 2.11 to 2.13: the attributes ``g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from compileclip.distributed.shards import is_sharded, local
 from compileclip.eager import memory_layout, reference
-from compileclip.eager.functional import get_total_norm, is_sharded, local, nonfinite_message
+from compileclip.eager.checks import nonfinite_message
+from compileclip.eager.functional import get_total_norm
+from compileclip.eager.unhooked_step import is_torchs_own, step_on_copies, unhooked_step
 from compileclip.settings import ClipSettings
-
-# write_grads=False copies this much of the gradients at a time, or one gradient if that is larger.
-COPY_BYTES = 64 << 20
 
 
 @dataclass
@@ -99,6 +99,21 @@ def update(optimizer: Optimizer, settings: ClipSettings, grads: Gradients, norm:
         _update(optimizer, settings, grads, norm)
 
 
+def update_among(
+    optimizer: Optimizer, settings: ClipSettings, grads: Gradients, norm: Tensor
+) -> None:
+    """``update`` with the parameters of ``grads`` alone."""
+    among = set(grads.params)
+    others = [(p, p.grad) for p in params_with_grad(optimizer) if p not in among]
+    try:
+        for p, _ in others:
+            p.grad = None
+        update(optimizer, settings, grads, norm)
+    finally:
+        for p, grad in others:
+            p.grad = grad
+
+
 def _update(optimizer: Optimizer, settings: ClipSettings, grads: Gradients, norm: Tensor) -> None:
     if not may_step(optimizer, settings, grads, norm):
         return
@@ -118,11 +133,11 @@ def _update(optimizer: Optimizer, settings: ClipSettings, grads: Gradients, norm
         setattr(optimizer, name, attributes[name])
     try:
         if settings.write_grads is False and (factor is not None or _writes_gradients(optimizer)):
-            _step_on_copies(optimizer, grads.params, factor)
+            step_on_copies(optimizer, grads.params, factor)
             return
         if factor is not None:
             _scale_in_place(grads.params, factor)
-        _unhooked_step(optimizer)()
+        unhooked_step(optimizer)()
     finally:
         for name in given:
             delattr(optimizer, name)
@@ -134,16 +149,6 @@ def takes_grad_scale(optimizer: Optimizer) -> bool:
         if not group.get("fused"):
             return False
     return is_torchs_own(optimizer)
-
-
-def is_torchs_own(optimizer: Optimizer) -> bool:
-    """Whether the step is torch's, and so known to treat each parameter by itself."""
-    for name in ("step", "_init_group"):
-        function = getattr(type(optimizer), name, None)
-        module = str(getattr(function, "__module__", None))
-        if function is not None and not module.startswith("torch.optim."):
-            return False
-    return True
 
 
 def may_step(optimizer: Optimizer, settings: ClipSettings, grads: Gradients, norm: Tensor) -> bool:
@@ -211,14 +216,6 @@ def _takes_this_scale(grads: Gradients, norm: Tensor) -> bool:
     return norm.dtype == torch.float32 and distinct and not any(map(is_sharded, grads.params))
 
 
-def _unhooked_step(optimizer: Optimizer) -> Callable[[], object]:
-    """The optimizer's step without its hooks, which the wrapper has run already."""
-    step = type(optimizer).step
-    if getattr(step, "hooked", False):
-        step = step.__wrapped__  # type: ignore[attr-defined]  # functools.wraps sets it
-    return lambda: step(optimizer)
-
-
 def _quotient(dividend: Tensor | None, divisor: Tensor | None) -> Tensor | None:
     """``dividend / divisor``, where None stands for 1."""
     if divisor is None:
@@ -251,50 +248,3 @@ def _writes_gradients(optimizer: Optimizer) -> bool:
     """Whether the step may write gradients: torch's foreach SGD adds its momentum to them."""
     adds = (g.get("nesterov") and g.get("foreach") is not False for g in optimizer.param_groups)
     return any(adds) or not is_torchs_own(optimizer)
-
-
-def _scaled_copies(grads: Sequence[Tensor], factor: Tensor | None) -> list[Tensor]:
-    copies = [g.clone() for g in grads]
-    if factor is not None:
-        reference.scale_([local(g) for g in copies], factor)
-    return copies
-
-
-def _step_on_copies(optimizer: Optimizer, params: list[Tensor], factor: Tensor | None) -> None:
-    """Step on scaled copies of the gradients, and put the gradients back as they were.
-
-    An optimizer skips parameters whose gradient is None, so torch's own run on some parameters at
-    a time. Another one may do once a step what this would repeat (count the step in its group, take
-    a statistic over all gradients), so it gets all copies at once.
-    """
-    grads = [p.grad for p in params if p.grad is not None]
-    pairs = list(zip(params, grads, strict=True))
-    step = _unhooked_step(optimizer)
-    try:
-        for p in params:
-            p.grad = None
-        for piece in _pieces(pairs) if is_torchs_own(optimizer) else [pairs]:
-            _set_grads(piece, _scaled_copies([g for _, g in piece], factor))
-            step()
-            _set_grads(piece, [None] * len(piece))
-    finally:
-        _set_grads(pairs, grads)
-
-
-def _set_grads(pairs: Sequence[tuple[Tensor, Tensor]], grads: Sequence[Tensor | None]) -> None:
-    for (p, _), grad in zip(pairs, grads, strict=True):
-        p.grad = grad
-
-
-def _pieces(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Split ``pairs`` so that the gradients of each piece fill ``COPY_BYTES`` at most."""
-    piece, size = list[tuple[Tensor, Tensor]](), 0
-    for p, grad in pairs:
-        nbytes = (grad._values() if grad.layout == torch.sparse_coo else local(grad)).nbytes
-        if piece and size + nbytes > COPY_BYTES:
-            yield piece
-            piece, size = [], 0
-        piece.append((p, grad))
-        size += nbytes
-    if piece:
-        yield piece

@@ -3,8 +3,11 @@
 What is better here than in torch: the norm of bfloat16 and float16 gradients is computed and
 returned in float32 and their scale is applied in float32; sums are taken in float64, so no finite
 gradient overflows the norm and no non-zero one vanishes from it; sparse gradients work for p > 0;
-the norm of sharded gradients comes back reduced over all ranks; and in a compiled function the norm
-is one operator in the graph.
+in a compiled function the norm is one operator in the graph.
+
+Of ``DTensor`` gradients the norm is that of all ranks, by one all-reduce for each mesh, however
+many tensors there are, on whatever meshes, plain ones among them. ``process_group`` adds ranks
+that hold other plain parameters, as the stages of a pipeline do.
 
 On a GPU the norm takes one launch per dtype and one more, and to scale or to clamp takes one per
 dtype, however many tensors there are; on a CPU both are native kernels.
@@ -12,22 +15,25 @@ dtype, however many tensors there are; on a CPU both are native kernels.
 
 from __future__ import annotations
 
-import sys
 import types
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._foreach_utils import _device_has_foreach_support
 
+from compileclip.distributed.shards import any_sharded, as_placed, is_sharded, local, whole
 from compileclip.eager import operators, reference
+from compileclip.eager.checks import (
+    check_foreach,
+    check_layouts,
+    check_norm_type,
+    nonfinite_message,
+)
+from compileclip.eager.norm_over_ranks import norm_over_ranks
 from compileclip.lowering.cpp import cpp_norm as native_norm
 from compileclip.lowering.triton import triton_foreach
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 
 def get_total_norm(
@@ -35,6 +41,8 @@ def get_total_norm(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    *,
+    process_group: Any = None,
 ) -> Tensor:
     """Compute the p-norm of tensors as if they were one vector.
 
@@ -49,26 +57,31 @@ def get_total_norm(
         error_if_nonfinite: raise where the norm is NaN or infinite; this waits for the device.
         foreach: as in torch, ``True`` demands a device with foreach kernels. The norm is the same
             whatever is chosen.
+        process_group: ranks that hold other plain tensors: a ``ProcessGroup``, a ``DeviceMesh`` or
+            a list of these, in each of which this rank is. All of them call this.
 
     Returns:
-        A 0-dim tensor on the device of the first tensor (a plain one for ``DTensor``, reduced over
-        all ranks), float32, or float64 if a tensor is float64 or complex128. 0.0 for no tensors.
+        A 0-dim tensor on the device of the first tensor (a plain one for ``DTensor``, with the same
+        bits on all ranks), float32, or float64 if a tensor is float64 or complex128. 0.0 for no
+        tensors.
 
     Raises:
-        ValueError: ``norm_type`` is NaN, or not positive with sparse tensors.
+        ValueError: ``norm_type`` is NaN, or not positive with sparse tensors; this rank is not in
+            ``process_group``.
         RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set, or
             ``foreach=True`` on a device without foreach kernels.
     """
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    norm_type = _check_norm_type(norm_type)
-    if not tensors:
+    norm_type = check_norm_type(norm_type)
+    if process_group is not None or any_sharded(tensors):
+        check_foreach(tensors, foreach)
+        with torch.no_grad():
+            parts = [whole(t) for t in tensors]
+            total = norm_over_ranks(parts, [local(t) for t in parts], norm_type, process_group)
+    elif not tensors:
         return torch.tensor(0.0)
-    # What native code serves is plain and dense: it needs no further look.
-    total = None if torch.compiler.is_compiling() else _natively(tensors, norm_type)
-    if total is None:
-        _check_foreach(tensors, foreach)
-        _check_layouts(tensors, norm_type)
-        total = _total_norm(tensors, norm_type)
+    else:
+        total = _norm_here(tensors, norm_type, foreach)
     if error_if_nonfinite and not total.isfinite():
         raise RuntimeError(nonfinite_message(norm_type, total))
     return total
@@ -115,6 +128,8 @@ def clip_grad_norm_(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    *,
+    process_group: Any = None,
 ) -> Tensor:
     """Clip the total norm of gradients in place, as ``torch.nn.utils.clip_grad_norm_``.
 
@@ -126,6 +141,8 @@ def clip_grad_norm_(
         norm_type: the order p, any float but NaN.
         error_if_nonfinite: raise, with the gradients untouched, where the norm is NaN or infinite.
         foreach: as in torch.
+        process_group: as in ``get_total_norm``. All ranks of it, and of a ``DTensor``'s mesh, call
+            this, be they without a gradient.
 
     Returns:
         The total norm before clipping: a 0-dim tensor, float32 or float64.
@@ -144,7 +161,11 @@ def clip_grad_norm_(
                 "`parameters` is an empty generator, no gradient clipping will occur.",
                 stacklevel=3,
             )
-    norm_type, max_norm = _check_norm_type(norm_type), float(max_norm)
+    norm_type, max_norm = check_norm_type(norm_type), float(max_norm)
+    if process_group is not None or any_sharded(parameters):
+        return _clip_over_ranks(
+            parameters, max_norm, norm_type, error_if_nonfinite, foreach, process_group
+        )
     if foreach is None and not error_if_nonfinite and not torch.compiler.is_compiling():
         total_norm = triton_foreach.on_gradients(parameters, norm_type, "clip", max_norm)
         if total_norm is not None:
@@ -180,42 +201,18 @@ def clip_grad_value_(
     for p in parameters:
         if p.grad is not None and p.grad.layout == torch.sparse_coo:
             p.grad = p.grad.coalesce()
-    grads = [reference.values(g) for g in _grads(parameters)]
-    _check_foreach(grads, foreach)
+        elif p.grad is not None and is_sharded(p):
+            p.grad = as_placed(p.grad, p)  # no clamp distributes over a sum
+    grads = [local(reference.values(g)) for g in _grads(parameters)]
+    check_foreach(grads, foreach)
     if grads and not torch.compiler.is_compiling() and triton_foreach.clamp_(grads, clip_value):
         return
-    if grads and reference.takes_foreach([local(g) for g in grads], foreach):
+    if grads and reference.takes_foreach(grads, foreach):
         torch._foreach_clamp_min_(grads, -clip_value)
         torch._foreach_clamp_max_(grads, clip_value)
     else:
         for g in grads:
             g.clamp_(min=-clip_value, max=clip_value)
-
-
-def nonfinite_message(norm_type: float, total_norm: Tensor) -> str:
-    """What to tell whoever asked for an error on a non-finite norm."""
-    return (
-        f"The total norm of order {norm_type} for gradients from `parameters` is non-finite "
-        f"({total_norm.item()}), so it cannot be clipped. Nothing was changed. Look for the "
-        "gradient that is NaN or infinite (torch.autograd.set_detect_anomaly(True) finds where it "
-        "arose), or do without this error: `error_if_nonfinite=False` of the functions, "
-        '`nonfinite="skip"` of the wrapper'
-    )
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The shard of a ``DTensor`` that this rank holds; any other tensor as it is."""
-    if not is_sharded(tensor):
-        return tensor
-    shard: Tensor = tensor.to_local()
-    return shard
-
-
-def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether ``tensor`` is a ``DTensor``, as FSDP2 and tensor parallelism make them."""
-    # Importing DTensor takes longer than importing torch; who holds one has imported it.
-    module: Any = sys.modules.get("torch.distributed.tensor")
-    return module is not None and bool(isinstance(tensor, module.DTensor))
 
 
 def _natively(tensors: list[Tensor], norm_type: float) -> Tensor | None:
@@ -225,11 +222,36 @@ def _natively(tensors: list[Tensor], norm_type: float) -> Tensor | None:
     return triton_foreach.total_norm_again(tensors, norm_type)
 
 
-@torch.no_grad()
-def _total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    if any(map(is_sharded, tensors)):
-        return _sharded_total_norm(tensors, norm_type)
-    return operators.total_norm(tensors, norm_type)
+def _norm_here(tensors: list[Tensor], norm_type: float, foreach: bool | None) -> Tensor:
+    # What native code serves is plain and dense: it needs no further look.
+    total = None if torch.compiler.is_compiling() else _natively(tensors, norm_type)
+    if total is None:
+        check_foreach(tensors, foreach)
+        check_layouts(tensors, norm_type)
+        with torch.no_grad():
+            total = operators.total_norm(tensors, norm_type)
+    return total
+
+
+def _clip_over_ranks(
+    parameters: list[Tensor],
+    max_norm: float,
+    norm_type: float,
+    error_if_nonfinite: bool,
+    foreach: bool | None,
+    process_group: Any,
+) -> Tensor:
+    """``clip_grad_norm_`` where ranks hold parts of ``parameters``."""
+    check_foreach(_grads(parameters), foreach)
+    for p in parameters:
+        if p.grad is not None:
+            p.grad = as_placed(p.grad, p)
+    parts = [None if p.grad is None else local(p.grad) for p in parameters]
+    total_norm = norm_over_ranks(parameters, parts, norm_type, process_group)
+    if error_if_nonfinite and not total_norm.isfinite():
+        raise RuntimeError(nonfinite_message(norm_type, total_norm))
+    _clip(_grads(parameters), max_norm, total_norm, foreach)
+    return total_norm
 
 
 def _clip(
@@ -237,7 +259,7 @@ def _clip(
 ) -> None:
     if not grads:
         return
-    _check_foreach(grads, foreach)
+    check_foreach(grads, foreach)
     if is_sharded(total_norm):
         total_norm = total_norm.full_tensor()
     compiling = torch.compiler.is_compiling()
@@ -248,52 +270,5 @@ def _clip(
         reference.scale_([local(g) for g in grads], coef, foreach)
 
 
-def _sharded_total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """The norm where some tensors are sharded: one reduction over the ranks per tensor."""
-    norms = []
-    for t in tensors:
-        wide = torch.promote_types(t.dtype, torch.float64)
-        norm = torch.linalg.vector_norm(t, norm_type, dtype=wide)
-        norms.append(norm.full_tensor() if is_sharded(norm) else norm)
-    device = local(tensors[0]).device
-    total: Tensor = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]), norm_type)
-    return total.to(reference.norm_dtype(tensors))
-
-
 def _grads(parameters: Iterable[Tensor]) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
-
-
-def _check_foreach(tensors: Sequence[Tensor], foreach: bool | None) -> None:
-    if not foreach:
-        return
-    for device in {t.device for t in tensors}:
-        if not _device_has_foreach_support(device):
-            raise RuntimeError(
-                f"foreach=True was passed, but can't use the foreach API on {device.type} "
-                "tensors; pass foreach=None"
-            )
-
-
-def _check_norm_type(norm_type: float) -> float:
-    norm_type = float(norm_type)
-    if norm_type != norm_type:  # NaN; Dynamo knows no isnan of a float that varies
-        raise ValueError(
-            "norm_type is nan, which is no order of a norm; pass a number or float('inf')"
-        )
-    return norm_type
-
-
-def _check_layouts(tensors: Sequence[Tensor], norm_type: float) -> None:
-    for t in tensors:
-        if t.layout == torch.strided or (t.layout == torch.sparse_coo and norm_type > 0):
-            continue
-        if t.layout == torch.sparse_coo:
-            raise ValueError(
-                f"norm_type={norm_type} of a sparse gradient: for p <= 0 the zeros that it does "
-                "not store would decide the norm; take p > 0 or dense gradients"
-            )
-        raise ValueError(
-            f"a gradient with layout {t.layout} has no total norm here; convert it with "
-            ".to_dense() or .to_sparse()"
-        )

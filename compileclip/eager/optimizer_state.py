@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compileclip.eager.eager_step import is_torchs_own
+from compileclip.eager.unhooked_step import is_torchs_own
 
 
 def raw_step(optimizer: Optimizer) -> Any:

@@ -44,7 +44,9 @@ def values(tensor: Tensor) -> Tensor:
     return tensor.coalesce()._values() if tensor.layout == torch.sparse_coo else tensor
 
 
-def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+def total_norm(
+    tensors: Sequence[Tensor], norm_type: float, dtype: torch.dtype | None = None
+) -> Tensor:
     """The p-norm of ``tensors`` seen as one vector, as ``torch.nn.utils.get_total_norm``.
 
     Sums are taken in float64, so that no square of a finite float32 overflows or underflows and
@@ -58,33 +60,35 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     Args:
         tensors: at least one tensor, floating point or complex, of any shape, dtype and device.
         norm_type: the order p; any float but NaN.
+        dtype: of the norm, float64 or ``norm_dtype(tensors)``, which it is by default.
 
     Returns:
-        A 0-dim tensor on the device of the first tensor, in ``norm_dtype(tensors)``.
+        A 0-dim tensor on the device of the first tensor.
     """
-    native = native_norm.total_norm(tensors, norm_type)
+    native = native_norm.total_norm(tensors, norm_type, dtype)
     if native is None:
-        native = triton_foreach.total_norm(tensors, norm_type)
+        native = triton_foreach.total_norm(tensors, norm_type, dtype)
     if native is not None:
         return native
     devices = dict.fromkeys(t.device for t in tensors)
     if len(devices) == 1 or norm_type not in triton_foreach.ORDERS:
-        return _total_norm(tensors, norm_type)
-    each = [total_norm([t for t in tensors if t.device == d], norm_type) for d in devices]
-    return _total_norm([n.to(tensors[0].device) for n in each], norm_type).to(norm_dtype(tensors))
+        return _total_norm(tensors, norm_type, dtype or norm_dtype(tensors))
+    each = [total_norm([t for t in tensors if t.device == d], norm_type, dtype) for d in devices]
+    there = [n.to(tensors[0].device) for n in each]
+    return _total_norm(there, norm_type, dtype or norm_dtype(tensors))
 
 
 @torch.no_grad()
-def _total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+def _total_norm(tensors: Sequence[Tensor], norm_type: float, dtype: torch.dtype) -> Tensor:
     """``total_norm`` by torch's own operators."""
-    dtype, device = norm_dtype(tensors), tensors[0].device
+    device = tensors[0].device
     dense = [values(t) for t in tensors]
     if norm_type < 0 or math.isinf(norm_type):
         # An empty tensor has no extreme value; without it the norm of the others is defined.
         dense = [t for t in dense if t.numel()]
         if not dense:
             return torch.zeros((), dtype=dtype, device=device)
-    scale = _power_of_two_scale(dense, norm_type) if _overreaches(dense, norm_type) else None
+    scale = _power_of_two_scale(dense, norm_type) if overreaches(dense, norm_type) else None
     norms = [
         norm.to(device)
         for _, _, group in _by_device_and_dtype(dense)
@@ -204,7 +208,7 @@ def _exponent_reach(dtype: torch.dtype) -> float:
     return max(math.log2(info.max), -math.log2(info.tiny) - math.log2(info.eps))
 
 
-def _overreaches(tensors: Sequence[Tensor], norm_type: float) -> bool:
+def overreaches(tensors: Sequence[Tensor], norm_type: float) -> bool:
     """Whether a sum of ``|x| ** p`` could leave the range that it is accumulated in."""
     if norm_type == 0 or math.isinf(norm_type):
         return False

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from compileclip.distributed.shards import is_sharded
 from compileclip.eager import optimizer_state
-from compileclip.eager.eager_step import is_torchs_own
-from compileclip.eager.functional import is_sharded
+from compileclip.eager.unhooked_step import is_torchs_own
 from compileclip.graph import backward_leaves, traced_step
 
 

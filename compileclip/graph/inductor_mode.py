@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.optim import Optimizer
 
+from compileclip.distributed.shards import is_sharded
 from compileclip.eager import optimizer_state
-from compileclip.eager.functional import is_sharded
 from compileclip.eager.operators import NotRewrittenError
 from compileclip.fallback import CannotCompileError, warn_fallback
 from compileclip.graph import compile_errors, traced_step
@@ -82,6 +82,12 @@ class CompiledStep:
             self._params = ()
         warn_fallback('mode="inductor"', self.refusal.cause, self.refusal.remedy)
         return None
+
+    def refuse(self, cause: str) -> None:
+        """Have no step compiled, of an optimizer of which ranks hold parts."""
+        if self.refusal is None:
+            self.refusal = CannotCompileError(cause, "take mode='auto' or mode='eager'")
+            warn_fallback('mode="inductor"', self.refusal.cause, self.refusal.remedy)
 
     @property
     def why_not(self) -> tuple[str, str] | None:

@@ -81,8 +81,18 @@ def why_not_decided(optimizer: Optimizer, plan: Plan) -> str | None:
     if any(table.bucket.counts and not table.bucket.stays for table in plan.tables):
         return f"{what} {type(optimizer).__name__} counts its steps on the host here"
     if plan.refused:
-        return f"{what} of {len(plan.refused)} parameters: {plan.refused[0][1]}"
+        return f"{what} not all parameters are served: {of_some(plan.refused)}"
     return None
+
+
+def of_some(refused: Sequence[tuple[Tensor, str]]) -> str:
+    """How many parameters are not served, and why the first is not; nothing where all are."""
+    if not refused:
+        return ""
+    count, (param, reason) = len(refused), refused[0]
+    return (
+        f"{count} parameter{'s' if count > 1 else ''}, one of shape {tuple(param.shape)}: {reason}"
+    )
 
 
 def check_plan(optimizer: Optimizer, plan: Plan, decides: bool, is_foreign: bool) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from compileclip.buckets.bucket_step import BucketStep
-from compileclip.eager.eager_step import is_torchs_own
+from compileclip.eager.unhooked_step import is_torchs_own
 from compileclip.fallback import UnsupportedError
 from compileclip.lowering.program import Program
 from compileclip.lowering.target import Target

@@ -17,8 +17,8 @@ from compileclip.buckets.bucket import StaleError
 from compileclip.buckets.bucket_step import BucketStep, extend, restore_all, scalars_of
 from compileclip.buckets.step_plan import Copied, Plan, staying
 from compileclip.custom_optimizers import checks, side_effects
-from compileclip.eager import eager_step
 from compileclip.eager.eager_step import Scaler
+from compileclip.eager.unhooked_step import is_torchs_own
 from compileclip.fallback import CannotCompileError
 from compileclip.lowering import targets
 from compileclip.multi_tensor import eligibility
@@ -41,17 +41,18 @@ class MultiTensorStep:
         steady: takes the next step if that is like the last, or None.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, repeats: bool = True) -> None:
+        """``repeats``: whether native code may take the norm, and so a whole step."""
         self.refusal: CannotCompileError | None = None
         self.steady: SteadyStep | None = None
-        self._optimizer = optimizer
+        self._optimizer, self._repeats = optimizer, repeats
         self._places: dict[torch.device, DeviceKernels] = {}
         self._plan: Plan | None = None
         self._works: list[BucketStep] = []
         self._for_decisions = False  # whether the plan lets the device decide
         self._filled: float | None = None  # the bound that kernels find
         self._kinds = Kinds()
-        self._is_foreign = not eager_step.is_torchs_own(optimizer)
+        self._is_foreign = not is_torchs_own(optimizer)
         self._scalars = checks.scalars if self._is_foreign else scalars_of
         self._backoff = PlanBackoff()
         self._fresh = FreshState(optimizer)
@@ -78,15 +79,18 @@ class MultiTensorStep:
         """Why not all parameters are served, and what helps; None if they are."""
         if self.refusal is not None:
             return self.refusal.cause, self.refusal.remedy
-        cause = self._for_now
-        if cause is None and self.refused:
-            cause = f"of {len(self.refused)} parameters: {self.refused[0][1]}"
-        return None if cause is None else (cause, eligibility.OTHER_MODES)
+        cause = self._for_now or eligibility.of_some(self.refused)
+        return (cause, eligibility.OTHER_MODES) if cause else None
 
     @property
     def decides(self) -> bool:
         """Whether kernels find out by themselves that a step does not count; as of the last."""
         return not self._waits and all(work.decides for work in self._works)
+
+    @property
+    def sets_state(self) -> bool:
+        """Whether the last step has left other objects as state than were there."""
+        return self._plan is None or any(work.bucket.numbers for work in self._works)
 
     @property
     def _waits(self) -> bool:
@@ -239,8 +243,7 @@ class MultiTensorStep:
         if settings.max_norm != self._filled:
             self.set_bound(settings.max_norm)
         norm = self.steady.run(settings, scaler)
-        if norm is not None:
-            self._backoff.steps += 1
+        self._backoff.steps += norm is not None
         return norm
 
     def set_bound(self, max_norm: float | None) -> None:
@@ -292,7 +295,8 @@ class MultiTensorStep:
         keep(self._optimizer, self._works)
         self._fresh.keep()
         self._backoff.steps += 1
-        if known and not copies and not self._is_capturing and self._plan is not None:
+        known = self._repeats and known and not copies and not self._is_capturing
+        if known and self._plan is not None:
             places = self._plan, self._works, kernels
             last = Last(self._optimizer, settings, scaler, *places, norm, launches)
             self.steady = steady_step(last, captured=bool(self._captured))

@@ -35,6 +35,7 @@ class Task:
         bound: as there.
         number: 0-dim, as there, where no norm is taken.
         from_grads: whether the gradients of the list's tensors are meant, where they have one.
+        dtype: of the norm, if not ``total_dtype``.
     """
 
     norm_type: float | None = None
@@ -42,16 +43,21 @@ class Task:
     bound: float = 0.0
     number: Tensor | None = None
     from_grads: bool = False
+    dtype: torch.dtype | None = None
+
+    def out(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the norm of tensors of ``dtype``."""
+        return self.dtype or total_dtype(dtype)
 
     def keys(self, tensor: Tensor) -> list[tuple[object, ...] | None]:
         """Of the three kernels, for tensors like ``tensor``; None for what is not launched."""
         device, dtype = tensor.device, tensor.dtype
-        out = total_dtype(dtype) if self.number is None else self.number.dtype
+        out = self.out(dtype) if self.number is None else self.number.dtype
         norm, kind = self.norm_type, self.kind
         given = out if kind != "clamp" else torch.int64  # it reads none
         return [
             None if norm is None else (device, dtype, norm, "shares"),
-            None if norm is None else (device, dtype, norm, "norm"),
+            None if norm is None else (device, dtype, norm, out),
             None if kind is None else (device, dtype, kind, given),
         ]
 
@@ -111,7 +117,7 @@ def run(objects: list[Tensor], first: Tensor, task: Task) -> Tensor | None:
     count, chunks = found.counts
     number = task.number
     if task.norm_type is not None:
-        number = torch.empty((), dtype=total_dtype(first.dtype), device=first.device)
+        number = torch.empty((), dtype=task.out(first.dtype), device=first.device)
     # Shares have up to three sums of a chunk each.
     words = 2 * count + 4 * chunks
     place = torch.empty(words, dtype=torch.int64, device=first.device)

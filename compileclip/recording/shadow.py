@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compileclip.eager.eager_step import is_torchs_own
 from compileclip.eager.optimizer_state import raw_step
+from compileclip.eager.unhooked_step import is_torchs_own
 from compileclip.recording import optimizer_attributes
 
 SHAPES = ((2, 3), (5,))  # a step is the same for both, or refused

@@ -109,7 +109,7 @@ def test_wrapped_against_clip_and_step(name: str, write_grads: bool | None) -> N
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     text = ours.explain()
     assert "multi_tensor" in text
-    assert "of 1 parameters: a parameter is 0-dim" in text
+    assert "1 parameter, one of shape (): a parameter is 0-dim" in text
 
 
 @pytest.mark.parametrize("name", FUSED)

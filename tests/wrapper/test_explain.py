@@ -73,7 +73,9 @@ def test_explain_says_which_parameters_are_not_served_and_why() -> None:
     text = opt.explain()
     assert "multi_tensor" in text
     assert "eager" in text
-    assert "why eager: of 1 parameters: a parameter of shape (3, 5) has gaps" in text
+    assert (
+        "why eager: 1 parameter, one of shape (3, 5): a parameter of shape (3, 5) has gaps" in text
+    )
 
 
 def test_explain_when_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers import assert_same, clone_params, params_like, set_grads
 from test_optim_db import all_params
 from torch import Tensor, nn
@@ -67,8 +65,12 @@ def matrices() -> list[Any]:
 
 
 CASES: dict[str, tuple[Callable[[], list[Any]], Callable[[Any], Optimizer], str]] = {
-    "gaps": (gaps, sgd, "of 2 parameters: a parameter of shape (3, 4) has gaps in memory"),
-    "0-dim": (of_no_dimension, sgd, "of 2 parameters: a parameter is 0-dim"),
+    "gaps": (
+        gaps,
+        sgd,
+        "2 parameters, one of shape (3, 4): a parameter of shape (3, 4) has gaps in memory",
+    ),
+    "0-dim": (of_no_dimension, sgd, "2 parameters, one of shape (): a parameter is 0-dim"),
     "state": (matrices, lambda p: Adafactor(p, lr=0.1), "'row_var' is not shaped as its"),
     "not pointwise": (matrices, Normed, "is not pointwise"),
     "by chance": (matrices, Noisy, "draws random numbers"),
@@ -112,30 +114,3 @@ def test_one_reason_and_a_remedy_that_helps(case: str) -> None:
     if case != "gaps":
         assert_same(after[0], after[1], "parameter")
         assert_same(after[0], after[2], "parameter")
-
-
-@pytest.fixture
-def alone(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
-@pytest.mark.parametrize("mode", ["auto", "multi_tensor"])
-def test_sharded_parameters(mode: str, alone: None) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (1,))
-    params = [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in matrices()]
-    opt = compileclip.wrap(sgd(params), 1.0, mode=mode)
-    for seed in range(STEPS):
-        generator = torch.Generator().manual_seed(seed)
-        for p in params:
-            grad = torch.randn(p.shape, generator=generator)
-            p.grad = distribute_tensor(grad, mesh, [Shard(0)])
-        opt.step()
-        assert "why eager: of 2 parameters: a parameter is a DTensor" in opt.explain()

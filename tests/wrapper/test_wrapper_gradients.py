@@ -12,7 +12,7 @@ from torch.optim import SGD
 from wrapper_cases import both, grads_of, wrapped_sgd
 
 import compileclip
-from compileclip.eager import eager_step
+from compileclip.eager import reference, unhooked_step
 
 __all__ = ["both"]
 
@@ -28,7 +28,7 @@ def test_no_gradient_at_all() -> None:
 
 def test_copies_are_made_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     """write_grads=False never holds a second copy of all gradients."""
-    monkeypatch.setattr(eager_step, "COPY_BYTES", 4000)
+    monkeypatch.setattr(unhooked_step, "COPY_BYTES", 4000)
     params = params_like([(10, 10), (1000,), (2000,), (500,), (500,), (3,)])
     set_grads(params, seed=0)
     opt = compileclip.wrap(SGD(params, lr=0.1), 0.5, write_grads=False, mode="eager")
@@ -42,7 +42,7 @@ def test_copies_are_made_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(SGD, "step", watch)
     watch.__module__ = "torch.optim.sgd"
     expected = [
-        p.detach() - 0.1 * p.grad * eager_step.reference.clip_coef(0.5, n)
+        p.detach() - 0.1 * p.grad * reference.clip_coef(0.5, n)
         for n in [compileclip.get_total_norm([p.grad for p in params])]
         for p in params
     ]

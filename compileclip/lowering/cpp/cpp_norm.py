@@ -29,7 +29,9 @@ _CPU = torch.device("cpu")
 _dtype = attrgetter("dtype")
 
 
-def total_norm(tensors: Sequence[Tensor], order: float) -> Tensor | None:
+def total_norm(
+    tensors: Sequence[Tensor], order: float, out: torch.dtype | None = None
+) -> Tensor | None:
     """The norm of ``tensors`` seen as one vector, where the kernel serves them.
 
     It serves plain tensors on a CPU for p = 2 and inf. Those without gaps are read in the order of
@@ -38,10 +40,11 @@ def total_norm(tensors: Sequence[Tensor], order: float) -> Tensor | None:
     Args:
         tensors: at least one tensor of any kind.
         order: the order p of the norm.
+        out: the dtype of the norm, float32 or float64.
 
     Returns:
-        A 0-dim tensor, float32 or for float64 gradients float64; ``None`` where they are not
-        served, or there is no compiler.
+        A 0-dim tensor, by default float32 or for float64 gradients float64; ``None`` where
+        they are not served, or there is no compiler.
     """
     served = SERVED.get(order)
     dtypes = set(map(_dtype, tensors))
@@ -56,11 +59,11 @@ def total_norm(tensors: Sequence[Tensor], order: float) -> Tensor | None:
     if found is None:
         return None
     pointers, sizes = found
-    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    out = torch.empty((), dtype=dtype, device=_CPU)  # not on a default device
+    dtype = out or (torch.float64 if torch.float64 in dtypes else torch.float32)
+    total = torch.empty((), dtype=dtype, device=_CPU)  # not on a default device
     kind = dtypes.pop() if len(dtypes) == 1 else array("b", [CODES[t.dtype] for t in tensors])
-    done = norm_into(out, pointers, sizes, None, kind, order, threads())
-    return out if done else None
+    done = norm_into(total, pointers, sizes, None, kind, order, threads())
+    return total if done else None
 
 
 def norm_into(

@@ -32,12 +32,14 @@ _dtype, _device = attrgetter("dtype"), attrgetter("device")
 _failed = False  # a kernel of this process
 
 
-def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor | None:
+def total_norm(
+    tensors: Sequence[Tensor], norm_type: float, dtype: torch.dtype | None = None
+) -> Tensor | None:
     """The norm of ``tensors`` seen as one vector, as ``reference.total_norm``; None if not served.
 
     Served are plain tensors on one GPU, for p = 1, 2 and inf.
     """
-    found = total_norm_again(tensors, norm_type)
+    found = total_norm_again(tensors, norm_type, dtype)
     if found is not None or norm_type not in ORDERS or not _serves(tensors):
         return found
     from compileclip.native.native_foreach import Task, remember
@@ -48,21 +50,23 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor | None:
     def run() -> Tensor:
         from compileclip.lowering.triton.triton_norm import Shares
 
-        shares = Shares(lists, norm_type)
+        shares = Shares(lists, norm_type, dtype)
         shares.end()
-        remember(Task(norm_type), dense[0], shares.launches)
+        remember(Task(norm_type, dtype=dtype), dense[0], shares.launches)
         return shares.total
 
     return _tried(run, "the norm's kernel") if lists else None
 
 
-def total_norm_again(tensors: Sequence[Tensor], norm_type: float) -> Tensor | None:
+def total_norm_again(
+    tensors: Sequence[Tensor], norm_type: float, dtype: torch.dtype | None = None
+) -> Tensor | None:
     """As ``total_norm``, once that has run for such tensors; it looks at each but once."""
     if norm_type not in ORDERS or not _is_there(tensors[0].device):
         return None
     from compileclip.native.native_foreach import Task
 
-    return _quickly(tensors, tensors[0], Task(norm_type))
+    return _quickly(tensors, tensors[0], Task(norm_type, dtype=dtype))
 
 
 def on_gradients(

@@ -66,12 +66,15 @@ class Shares:
         launches: what was launched for it.
     """
 
-    def __init__(self, lists: Sequence[List], norm_type: float) -> None:
+    def __init__(
+        self, lists: Sequence[List], norm_type: float, dtype: torch.dtype | None = None
+    ) -> None:
         """Take the shares of ``lists``, at least one, on the current stream.
 
         Args:
             lists: on one device.
             norm_type: 1, 2 or infinity.
+            dtype: of the norm, if not that of ``total``.
         """
         self.constants, self._count = _constants(lists, norm_type), 0
         self.launches: list[Launch] = []
@@ -80,7 +83,7 @@ class Shares:
         double = any(each.dtype == torch.float64 for each in lists)
         shape = (3 if self.constants["SCALED"] else 1, count)
         with torch.cuda.device_of(lists[0].sizes):
-            self.total = torch.empty((), dtype=_dtype(double), device=device)
+            self.total = torch.empty((), dtype=dtype or _dtype(double), device=device)
             self._shares = torch.empty(shape, dtype=torch.float64, device=device)
             for each in lists:
                 if len(each.blocks):

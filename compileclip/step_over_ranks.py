@@ -1,0 +1,123 @@
+"""One step of an optimizer of which ranks hold parts.
+
+The norm comes first, whatever this rank has to step, so that no rank waits for another in vain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from compileclip.eager import eager_step
+from compileclip.eager.eager_step import Gradients, Scaler
+from compileclip.eager.norm_over_ranks import Ranks
+from compileclip.eager.unhooked_step import is_elementwise
+from compileclip.fallback import warn_fallback
+from compileclip.lowering import is_disabled
+from compileclip.lowering.target import Ended
+from compileclip.settings import ClipSettings
+
+if TYPE_CHECKING:
+    from compileclip.graph.inductor_mode import CompiledStep
+    from compileclip.multi_tensor.multi_tensor_step import MultiTensorStep
+
+
+class StepOverRanks:
+    """The steps of one optimizer.
+
+    Attributes:
+        ranks: what it has together with those of other ranks.
+        kernels: the step of mode ``multi_tensor`` with this rank's parts, once it was asked for.
+        compiled: that of mode ``inductor``, likewise.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.ranks = Ranks(optimizer)
+        self.kernels: MultiTensorStep | None = None
+        self.compiled: CompiledStep | None = None
+        self._optimizer = optimizer
+
+    def step(
+        self, settings: ClipSettings, scaler: Scaler, report: Callable[[Tensor], None]
+    ) -> None:
+        """Take the norm over the ranks, clip and update; as ``Modes.step``.
+
+        Raises:
+            ValueError: ranks do not agree, or a gradient cannot be placed as its parameter; nothing
+                was changed.
+        """
+        local = self.ranks.local
+        with local.gradients(written=settings.write_grads is True):
+            norm = scaler.unscaled(self.ranks.total_norm(settings))
+            report(norm)
+            if self._with_parts(settings, scaler, norm):
+                return
+            local.forget()
+            params = eager_step.params_with_grad(self._optimizer)
+            grads = Gradients(scaler.grad_scale, scaler.found_inf, params)
+            eager_step.update(self._optimizer, settings, grads, norm)
+
+    def _with_parts(self, settings: ClipSettings, scaler: Scaler, norm: Tensor) -> bool:
+        """Step with the parts that this rank holds; False where that is not done."""
+        if settings.mode == "eager" or is_disabled():
+            return False
+        if settings.mode == "inductor":
+            return self._in_a_graph(settings, scaler, norm)
+        return self._with_kernels(settings, scaler, norm)
+
+    def _in_a_graph(self, settings: ClipSettings, scaler: Scaler, norm: Tensor) -> bool:
+        """Mode ``inductor``, of which the norm is taken before."""
+        from compileclip.graph.inductor_mode import CompiledStep
+
+        local = self.ranks.local
+        if self.compiled is None:
+            self.compiled = CompiledStep(local.optimizer)
+        views = eager_step.params_with_grad(local.optimizer)
+        if not views or scaler.grad_scale is not None or scaler.found_inf is not None:
+            return False
+        if not is_elementwise(self._optimizer):
+            kind = type(self._optimizer).__name__
+            self.compiled.refuse(f"{kind} is not known to step each element by itself")
+            return False
+        grads = Gradients(params=views)
+        if not eager_step.may_step(local.optimizer, settings, grads, norm):
+            return True
+        if self.compiled.run(settings, views, norm) is None:
+            return False
+        local.take_over(state=True)
+        return True
+
+    def _with_kernels(self, settings: ClipSettings, scaler: Scaler, norm: Tensor) -> bool:
+        """Mode ``multi_tensor``."""
+        from compileclip.multi_tensor.multi_tensor_step import MultiTensorStep
+        from compileclip.multi_tensor.step_norm import StepNorm
+
+        local = self.ranks.local
+        if self.kernels is None:
+            self.kernels = MultiTensorStep(local.optimizer, repeats=False)
+        copies = self.kernels.gather(settings, scaler)
+        planned = copies is None
+        if planned:
+            views = eager_step.params_with_grad(local.optimizer)
+            copies = self.kernels.plan(settings, views, scaler) if views else None
+
+        def step_others(views: list[Tensor]) -> None:
+            self._warn(settings)
+            local.leave(views)
+            params = [local.whole(view) for view in views]
+            grads = Gradients(scaler.grad_scale, scaler.found_inf, params)
+            eager_step.update_among(self._optimizer, settings, grads, norm)
+
+        given = StepNorm(Ended(norm), Scaler())  # from which the scale is taken out
+        if copies is not None and self.kernels.run(settings, copies, given, scaler, step_others):
+            local.take_over(state=planned or self.kernels.sets_state)
+            return True
+        self._warn(settings)
+        return False
+
+    def _warn(self, settings: ClipSettings) -> None:
+        if settings.mode == "multi_tensor" and self.kernels and self.kernels.why_not is not None:
+            warn_fallback('mode="multi_tensor"', *self.kernels.why_not)
