@@ -3,7 +3,7 @@
 # make quick   lint, types and the tests that say most in two minutes
 # make integrations  install the trainers and run the recipes of docs/trainers.md with them
 # make mutants break the code on purpose and see the tests fail
-# make bench   clip and step by every way, beside the limit: tables, JSON, plots (ten minutes, CPU)
+# make bench   clip and step by every way, beside the limit: tables and JSON (ten minutes, CPU)
 # make gpu     the GPU tests and the benchmark, with the torch that is there (at most nine minutes)
 
 PYTHON ?= python3
@@ -14,8 +14,7 @@ DEVICE ?= cpu
 SEEDS ?= 0
 OUT ?= demo.png
 WORKERS ?= 2
-# Of 40 rounds some do not count where a virtual machine moves its cores. Short steps differ the most
-# from process to process, and cost the least.
+# Short steps differ the most from process to process, and cost the least.
 TOGETHER := --processes 6 --repetitions 40 --minutes 8
 
 .PHONY: help demo test quick lint types pytest integrations mutants bench gpu gpu-first-steps clean
@@ -25,7 +24,7 @@ help:
 	@grep '^# make' Makefile | sed 's/^# //'
 
 demo: $(VENV)/ready
-	$(BIN)/python -m bench.demo --steps $(STEPS) --device $(DEVICE) --seeds $(SEEDS) --out $(OUT)
+	$(BIN)/python -m bench demo --steps $(STEPS) --device $(DEVICE) --seeds $(SEEDS) --out $(OUT)
 
 test: lint types pytest
 
@@ -80,10 +79,10 @@ bench: $(VENV)/ready
 # No virtual environment: on a GPU machine the torch that fits its driver is installed already.
 # Sixteen tests at a time have no core for more than one thread each.
 # What fails, or takes too long, does not keep the rest from running. After each part, all results
-# so far are packed into the folder OUT of the environment. The last that is printed is a short table.
+# so far are packed into the folder OUT of the environment.
 SAVE = if [ -n "$$OUT" ]; then mkdir -p "$$OUT" && tar czf "$$OUT/bench.tar.gz" -C build bench; fi
 GPU_BENCH = $(PYTHON) -m bench
-GPU_METHOD = --device cuda --compile-tensors 0 --no-first-steps --repetitions 20 --no-plots
+GPU_METHOD = --device cuda --compile-tensors 0 --no-first-steps --repetitions 20
 XDIST = $$($(PYTHON) -c "import xdist" 2> /dev/null && echo "-n 16")
 gpu:
 	-timeout 30 $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
@@ -95,21 +94,20 @@ gpu:
 	    step --name step-bfloat16 --dtype bfloat16 --shapes gpt2 $(GPU_METHOD) \
 	    + step --shapes gpt2 2000x32x32 1x1000 resnet50 llama-1b $(GPU_METHOD) --minutes 1.0 \
 	    || failed="$$failed step"; $(SAVE); \
-	timeout 75 $(GPU_BENCH) train --device cuda --no-plots \
+	timeout 75 $(GPU_BENCH) train --device cuda \
 	    --rows torch "torch, fused" compileclip "compileclip, eager" \
-	    + train --name train-6-layers --device cuda --no-plots --layers 6 --width 256 --block 128 \
+	    + train --name train-6-layers --device cuda --layers 6 --width 256 --block 128 \
 	    --batch 8 --steps 300 --rows torch "torch, fused" compileclip \
 	    || failed="$$failed train"; $(SAVE); \
 	timeout 80 $(GPU_BENCH) scaling --tensors 10 1000 5000 --sizes 1e5 1e7 1e9 $(GPU_METHOD) \
 	    --rows "clip + fused,multi_tensor,limit" --minutes 1.0 || failed="$$failed scaling"; $(SAVE); \
 	echo; echo "Failed or out of time: $${failed:-nothing}"; \
-	timeout 15 $(PYTHON) -m bench.digest build/bench; \
 	[ -z "$$failed" ]
 
 # How long first steps take.
 gpu-first-steps:
 	$(GPU_BENCH) scaling --device cuda --name compilation --tensors 10 30 --sizes \
-	    --rows "clip + fused,one graph,multi_tensor,limit" --no-plots --minutes 1
+	    --rows "clip + fused,one graph,multi_tensor,limit" --minutes 1
 
 # Made anew when what it installs changes; afterwards no target needs a network.
 $(VENV)/ready: pyproject.toml constraints.txt

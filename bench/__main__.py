@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
+from itertools import groupby
 
-from bench import scaling, step, train
-from bench.reporting.progress import run_plans
+from bench import publish, step, train
+from bench.cases.case import NotRunError
+from bench.plans import run_plans
 
 # Between commands that are measured together.
 AND = "+"
@@ -17,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a subcommand, or several with a plus between.
 
     Returns:
-        The exit status: 1 if a row was wrong or nothing was measured.
+        The exit status: 1 if a row was wrong, nothing was measured or a page is not up to date.
     """
     parser = argparse.ArgumentParser(
         prog="python -m bench",
@@ -26,27 +27,18 @@ def main(argv: list[str] | None = None) -> int:
         "with --processes, all of them in one, then all in the next.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (step, train, scaling):
+    for module in (step, train, publish):
         module.add_parser(commands)
-    chosen = [parser.parse_args(part) for part in _parts(sys.argv[1:] if argv is None else argv)]
-    # At each compilation Dynamo says that it leaves the optimizer's profiler range out.
-    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
-    statuses: list[int] = [args.run(args) for args in chosen if hasattr(args, "run")]
-    plans = [args.plan(args) for args in chosen if hasattr(args, "plan")]
-    if plans:
-        statuses.append(run_plans(plans))
-    return max(statuses)
-
-
-def _parts(argv: list[str]) -> list[list[str]]:
-    """What is between the pluses."""
-    parts: list[list[str]] = [[]]
-    for word in argv:
-        if word == AND:
-            parts.append([])
-        else:
-            parts[-1].append(word)
-    return parts
+    words = groupby(sys.argv[1:] if argv is None else argv, lambda word: word == AND)
+    parts = [list(part) for is_and, part in words if not is_and]
+    chosen = [parser.parse_args(part) for part in parts or [[]]]
+    try:
+        statuses: list[int] = [args.run(args) for args in chosen if "run" in args]
+    except NotRunError as error:
+        print(f"not run: {error}")
+        return 1
+    plans = [args.plan(args) for args in chosen if "plan" in args]
+    return max([*statuses, *([run_plans(plans)] if plans else [])])
 
 
 if __name__ == "__main__":

@@ -5,113 +5,116 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
-from bench import argument_types
-from bench.argument_types import positive
 from bench.cases.case import DTYPES, Case
+from bench.cases.gpt import HEAD_SIZE, GPTConfig
 from bench.measuring.measure import Method
-from bench.reporting.progress import Plan
-from bench.reporting.results import Report
+from bench.plans import Plan
 from bench.rows import registry
 from bench.rows.optimizers import OPTIMIZERS
-from bench.rows.registry import Row
+from bench.rows.training_rows import Recipe
+
+Commands = Any  # what ``argparse`` makes of subcommands is of a private class
 
 
-def add_method(parser: argparse.ArgumentParser) -> None:
-    """How to measure."""
-    add, defaults = parser.add_argument, Method()
-    add(
-        "--repetitions",
-        type=integer(1),
-        default=defaults.repetitions,
-        help="timed steps per row, at least",
+def add_parser(commands: Commands, name: str, text: str, **more: Any) -> argparse.ArgumentParser:
+    """Add a subcommand, whose help ``text`` is."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        **{"description": text, **more},
     )
-    add("--seconds", type=positive, default=defaults.seconds, help="time more until they took this")
-    add(
-        "--processes", type=integer(1), default=defaults.processes, help="that share these in turns"
-    )
-    add("--warmup", type=integer(0), default=defaults.warmup, help="steps before them")
+    return parser
+
+
+def add_plan(
+    parser: argparse.ArgumentParser, name: str, plan: Callable[[argparse.Namespace], Plan]
+) -> None:
+    """What is measured and how; ``plan`` makes a plan of it, by ``plan_of``."""
+    add, usual, count, names = parser.add_argument, Method(), integer(1), list(OPTIMIZERS)
+    add("--rows", type=registry.choose, default=(), metavar="PART,PART", help="whose name has PART")
+    add("--device", nargs="+", default=["cpu"], help="cpu, cuda, cuda:1")
+    add("--optimizer", nargs="+", choices=names, default=["AdamW"], help="torch's")
+    add("--dtype", nargs="+", choices=list(DTYPES), default=["float32"], help="of all tensors")
+    add("--repetitions", type=count, default=usual.repetitions, help="timed steps, at least")
+    add("--seconds", type=positive, default=usual.seconds, help="time more until they took this")
+    add("--processes", type=count, default=usual.processes, help="that share these in turns")
+    add("--warmup", type=integer(0), default=usual.warmup, help="steps before them, in each")
     add("--minutes", type=positive, default=math.inf, help="begin no case later than that")
     add("--cold", action="store_true", help="flush the caches before each step")
-    add(
-        "--compile-tensors",
-        type=integer(0),
-        default=defaults.compile_tensors,
-        help="run the rows that are compiled tensor by tensor up to so many tensors",
-    )
-    add(
-        "--first-steps",
-        action=argparse.BooleanOptionalAction,
-        default=defaults.first_steps,
-        help="time first steps, in two fresh processes per row",
-    )
-
-
-def add_work(parser: argparse.ArgumentParser, several: bool = True) -> None:
-    """Which rows, on which device, with which optimizers and dtypes."""
-    add = parser.add_argument
-    add("--rows", type=some_rows, default=(), metavar="PART,PART", help="those whose name has PART")
-    nargs = "+" if several else None
-    add("--device", nargs=nargs, default=["cpu"] if several else "cpu", help="cpu, cuda, cuda:1")
-    names, dtypes = list(OPTIMIZERS), list(DTYPES)
-    add("--optimizer", nargs=nargs, choices=names, default=["AdamW"] if several else "AdamW")
-    add("--dtype", nargs=nargs, choices=dtypes, default=["float32"] if several else "float32")
+    most = "run the rows that are compiled tensor by tensor up to so many tensors"
+    add("--compile-tensors", type=integer(0), default=usual.compile_tensors, help=most)
+    fresh = "time first steps, in two fresh processes per row"
+    yes_or_no = argparse.BooleanOptionalAction
+    add("--first-steps", action=yes_or_no, default=usual.first_steps, help=fresh)
+    add_output(parser, name)
+    parser.set_defaults(plan=plan)
 
 
 def add_output(parser: argparse.ArgumentParser, name: str) -> None:
     """Where results go."""
-    parser.add_argument(
-        "--out", type=folder, help="folder of the results; default: build/bench/DEVICE"
-    )
-    parser.add_argument("--name", default=name, help="what files are called, without .json or .png")
-    parser.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True)
+    add = parser.add_argument
+    add("--out", type=folder, help="folder of the results; default: build/bench/DEVICE")
+    add("--name", default=name, help="what the file is called, without .json")
+    # There were plots, which this left out; scripts may still say so.
+    add("--no-plots", action="store_true", help=argparse.SUPPRESS)
 
 
-def plan_of(
-    command: str,
-    cases: Sequence[Case],
-    args: argparse.Namespace,
-    draw: Callable[[Report, Path], Sequence[Path]],
-) -> Plan:
-    """What ``args`` ask for, by options of ``add_work``, ``add_method`` and ``add_output``."""
-    return Plan(
-        command,
-        cases,
-        args.rows,
-        _method(args),
-        args.out,
-        args.name,
-        args.minutes,
-        draw if args.plots else lambda report, path: [],
-    )
+def add_training(parser: argparse.ArgumentParser, least_steps: int) -> None:
+    """What is trained, and where; what is not given is no attribute."""
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
+    count = integer(1)
+    for name, read, text in (
+        ("--steps", integer(least_steps), f"training steps, at least {least_steps}"),
+        ("--batch", count, "windows of text per step"),
+        ("--block", count, "bytes per window"),
+        ("--layers", count, "transformer blocks"),
+        ("--width", _width, f"a multiple of {HEAD_SIZE}"),
+        ("--lr", positive, "the highest learning rate"),
+        ("--max-norm", positive, "what norms are clipped to"),
+    ):
+        parser.add_argument(name, type=read, default=argparse.SUPPRESS, help=text)
 
 
-def _method(args: argparse.Namespace) -> Method:
-    return Method(
-        repetitions=args.repetitions,
-        seconds=args.seconds,
-        processes=args.processes,
-        warmup=args.warmup,
-        cold=args.cold,
-        compile_tensors=args.compile_tensors,
-        first_steps=args.first_steps,
-    )
+def training(
+    args: argparse.Namespace, config: GPTConfig, recipe: Recipe
+) -> tuple[GPTConfig, Recipe]:
+    """What is trained by options of ``add_training``; what is not given is as in the others."""
+    config = replace(config, **{k: v for k, v in vars(args).items() if hasattr(config, k)})
+    return config, replace(recipe, **{k: v for k, v in vars(args).items() if hasattr(recipe, k)})
 
 
-def some_rows(text: str) -> Sequence[Row]:
-    """Rows by parts of their names, with a comma between."""
-    try:
-        return registry.choose([part.strip() for part in text.split(",")])
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+def plan_of(command: str, cases: Sequence[Case], args: argparse.Namespace) -> Plan:
+    """What ``args`` ask for, by options of ``add_plan``."""
+    method = Method(**{f.name: getattr(args, f.name) for f in fields(Method)})
+    return Plan(command, cases, args.rows, method, args.minutes, args.out, args.name)
 
 
 def integer(lowest: int) -> Callable[[str], int]:
     """An integer from ``lowest`` on; 1e6 is one too."""
-    return argument_types.integer(
-        lowest, lambda text: int(float(text)) if "e" in text.lower() else int(text)
-    )
+
+    def parse(text: str) -> int:
+        try:
+            value = int(float(text)) if "e" in text.lower() else int(text)
+        except (ValueError, OverflowError):
+            value = lowest - 1
+        if value < lowest:
+            raise argparse.ArgumentTypeError(f"{text!r} is no integer from {lowest} on")
+        return value
+
+    return parse
+
+
+def positive(text: str) -> float:
+    """A number above 0, infinity too."""
+    value = float(text)  # argparse says what is no number
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return value
 
 
 def folder(text: str) -> Path:
@@ -122,3 +125,10 @@ def folder(text: str) -> Path:
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot write to {text!r}: {error.strerror}") from error
     return path
+
+
+def _width(text: str) -> int:
+    width = integer(HEAD_SIZE)(text)
+    if width % HEAD_SIZE:
+        raise argparse.ArgumentTypeError(f"{text} is no multiple of {HEAD_SIZE}")
+    return width

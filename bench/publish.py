@@ -10,60 +10,53 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tabulate import tabulate
-
+from bench import options
 from bench.cases.shapes import label
 from bench.measuring.environment import ROOT, device_type, headline
 from bench.reporting.results import CaseResult, Report, RowResult, read
 from bench.reporting.tables import (
+    TRAIN_COLUMNS,
     microseconds,
     milliseconds,
     percent,
     ratio,
+    rows_table,
     seconds,
-    share_of_training,
-    spread,
+    table,
 )
-from bench.rows.registry import BASELINE, NAMES, OURS
+from bench.rows import training_rows
+from bench.rows.registry import BASELINE, NAMES, ONE_GRAPH, OURS
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 RESULTS = Path(__file__).parent / "results"
 BLOCK = re.compile(r"(<!-- bench:(\w+)(?: (\w+))? -->\n).*?(<!-- /bench -->)", re.DOTALL)
 NOTHING = "–"  # noqa: RUF001  # a dash, not a minus
-ONE_FIGURE = (
-    "By an older method: from an idle GPU until it was done, host and GPU in one figure, so that "
-    "short steps show the host."
-)
 STOCK = ("clip + for-loop", "clip + foreach", BASELINE)
-TRAINED, FUSED = "compileclip", "torch, fused"  # rows of ``bench train``
-ONE_GRAPH = "torch.compile, one graph"
+PIPE = "pipe"  # a table in Markdown
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Write the tables into the page, or check that they are there.
-
-    Returns:
-        The exit status: 1 if ``--check`` found a difference or a file is not as expected.
-    """
-    parser = argparse.ArgumentParser(prog="python -m bench.publish", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing, and compare")
+def add_parser(commands: options.Commands) -> None:
+    """Add the subcommand."""
+    parser = options.add_parser(commands, "publish", "results into docs/benchmarks.md")
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    args = parser.parse_args(argv)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the tables into the page.
+
+    Returns:
+        An exit status: 1 if a file is not as expected.
+    """
     try:
-        before = args.page.read_text()
-        after = render(before, args.results)
+        args.page.write_text(render(args.page.read_text(), args.results))
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    if args.check and after != before:
-        print(f"{args.page} differs from {args.results}: run python -m bench.publish")
-        return 1
-    if not args.check:
-        args.page.write_text(after)
     return 0
 
 
@@ -106,28 +99,14 @@ def step(report: Report) -> str:
 def train(report: Report) -> str:
     """Rows with the training step and its part for clip and step."""
     (case,) = report.cases
-    measured = [row for row in case.rows if row.median_ms is not None]
-    lines = [
-        [
-            row.name,
-            milliseconds(row.median_ms),
-            milliseconds(spread(row)),
-            ratio(row.ratio),
-            milliseconds(row.update_ms),
-            percent(share_of_training(row)),
-        ]
-        for row in measured
-    ]
-    headers = ["clip and step by", "training step, ms", "IQR, ms", "times as fast"]
-    headers += ["clip and step, ms", "part of the step"]
-    table = f"{_about(report, case.title)}\n\n{_markdown(lines, headers)}"
-    ours = next((row for row in measured if row.name == TRAINED and row.ratio), None)
+    page = f"{_about(report, case.title)}\n\n{rows_table(case, TRAIN_COLUMNS, PIPE)}"
+    ours = case.row(training_rows.OURS)
     if ours is None or not ours.ratio:
-        return table
+        return page
     less = 100 * (1 - 1 / ours.ratio)
-    word = "less" if less >= 0 else "more"
-    whole = f"In all, training took {abs(less):.1f} % {word} time with {TRAINED} than with {FUSED}."
-    return f"{table}\n\n{whole}"
+    much = f"{abs(less):.1f} % {'less' if less >= 0 else 'more'} time"
+    rows = f"{training_rows.OURS} than with {training_rows.BASELINE}"
+    return f"{page}\n\nIn all, training took {much} with {rows}."
 
 
 def scaling(report: Report) -> str:
@@ -151,7 +130,9 @@ def scaling(report: Report) -> str:
     else:
         headers += [f"{BASELINE}, ms", f"{OURS}, ms", "times as fast"]
     headers += ["share of the limit", f"first step of {ONE_GRAPH}, s", f"of {OURS}, s"]
-    return f"{_about(report, _work(report))}\n\n{_markdown(lines, headers)}"
+    work = report.cases[0].case
+    about = _about(report, f"{work['optimizer']}, {work['dtypes']}")
+    return f"{about}\n\n{table(lines, headers, PIPE)}"
 
 
 RENDER: dict[str, Callable[[Report], str]] = {"step": step, "train": train, "scaling": scaling}
@@ -163,15 +144,7 @@ def _about(report: Report, what: str) -> str:
     processes = min((case.processes for case in measured), default=1)
     times = f"; medians of at least {rounds}, in turns" if rounds else ""
     times += f", in at least {processes} processes" if processes > 1 else ""
-    about = f"{headline(report.environment)}{times}; {what}:"
-    old = report.command != "train" and device_type(report.environment) == "cuda"
-    old = old and not any(case.host_hidden for case in measured)
-    return f"{about}\n\n{ONE_FIGURE}" if old else about
-
-
-def _work(report: Report) -> str:
-    case = report.cases[0].case
-    return f"{case['optimizer']}, {case['dtypes']}"
+    return f"{headline(report.environment)}{times}; {what}:"
 
 
 def _rows_by_shapes(cases: Sequence[CaseResult], what: str) -> str:
@@ -184,11 +157,11 @@ def _rows_by_shapes(cases: Sequence[CaseResult], what: str) -> str:
     for case in cases:
         shown = label(case.case["shapes"])
         headers += [f"{shown}, GPU ms", "host µs"] if case.host_hidden else [shown]
-    return _markdown(lines, [what, *headers])
+    return table(lines, [what, *headers], PIPE)
 
 
 def _optimizers_by_shapes(
-    cases: Sequence[CaseResult], dtypes: str, optimizers: Iterable[str]
+    cases: Sequence[CaseResult], dtypes: str, optimizers: Sequence[str]
 ) -> str:
     shapes = list(dict.fromkeys(case.case["shapes"] for case in cases))
     by_key = {(case.case["optimizer"], case.case["shapes"]): case for case in cases}
@@ -197,24 +170,24 @@ def _optimizers_by_shapes(
         for optimizer in optimizers
     ]
     what = f"torch's fastest two calls / {OURS}, {dtypes}"
-    return _markdown(lines, [what, *[label(name) for name in shapes]])
-
-
-def _cell(row: RowResult | None) -> str:
-    if row is None or row.status in ("not run", "failed"):
-        return NOTHING
-    if row.median_ms is None:
-        return row.status
-    return milliseconds(row.median_ms) + (f" ({ratio(row.ratio)})" if row.ratio else "")
+    return table(lines, [what, *[label(name) for name in shapes]], PIPE)
 
 
 def _cells(case: CaseResult, row: RowResult | None) -> list[str]:
-    if not case.host_hidden:
-        return [_cell(row)]
-    if row is None or row.host_us is None:
-        return [_cell(row), NOTHING]
-    host = microseconds(row.host_us) + (f" ({ratio(row.host_ratio)})" if row.host_ratio else "")
-    return [_cell(row), host]
+    """The time, and the host's if that was taken by itself."""
+    if row is None or row.status in ("not run", "failed"):
+        found = [NOTHING, NOTHING]
+    elif row.median_ms is None:
+        found = [row.status, NOTHING]
+    else:
+        found = [
+            f"{time} ({ratio(times)})" if times else time
+            for time, times in (
+                (milliseconds(row.median_ms), row.ratio),
+                (microseconds(row.host_us), row.host_ratio),
+            )
+        ]
+    return found if case.host_hidden else found[:1]
 
 
 def _versus(case: CaseResult | None) -> str:
@@ -230,10 +203,7 @@ def _find(case: CaseResult, name: str) -> RowResult | None:
     return next((row for row in case.rows if row.name == name), None)
 
 
-def _markdown(lines: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
-    align = ["left", *["right"] * (len(headers) - 1)]
-    return tabulate(lines, headers, tablefmt="pipe", disable_numparse=True, colalign=align)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    from bench.__main__ import main
+
+    sys.exit(main(["publish", *sys.argv[1:]]))

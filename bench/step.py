@@ -1,54 +1,61 @@
-"""``python -m bench step``: clip and step alone, over lists of parameter shapes."""
+"""``python -m bench step`` and ``scaling``: clip and step alone, over lists of parameter shapes."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 
 from bench import options
 from bench.cases.case import Case
-from bench.cases.shapes import SHAPES, ModelError, Shape, of_model
-from bench.reporting import plots
-from bench.reporting.progress import Plan
+from bench.cases.shapes import SHAPES, of_model
+from bench.plans import Plan
+
+TENSORS = (10, 30, 100, 300, 1000, 5000)
+SIZES = (10**4, 10**5, 10**6, 10**7, 10**8, 10**9)
+# In the sweep over tensors each is of this shape; in the sweep over sizes there are so many.
+SHAPE = (32, 32)
+COUNT = 16
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand."""
-    parser = commands.add_parser(
-        "step",
-        help="clip and step alone",
-        description="Time clip and step over lists of parameter shapes, each way beside torch's "
-        "clip_grad_norm_ and fused optimizer and beside the limit of the memory.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
+def add_parser(commands: options.Commands) -> None:
+    """Add the subcommands."""
+    what = "Time clip and step over lists of parameter shapes, each way beside torch's "
+    what += "clip_grad_norm_ and fused optimizer and beside the limit of the memory."
+    parser = options.add_parser(commands, "step", "clip and step alone", description=what)
+    add, name = parser.add_argument, "MODULE:FUNCTION"
     add("--shapes", nargs="*", choices=list(SHAPES), default=None, help="lists of shapes")
-    add("--model", action="append", default=[], metavar="MODULE:FUNCTION", help="a model of yours")
-    options.add_work(parser)
-    options.add_method(parser)
-    options.add_output(parser, "step")
-    parser.set_defaults(plan=plan)
+    add("--model", action="append", type=of_model, default=[], metavar=name, help="yours")
+    options.add_plan(parser, "step", _step)
+
+    what = (
+        f"Time clip and step over N tensors of {SHAPE[0]} x {SHAPE[1]}, and over {COUNT} tensors "
+    )
+    what += "of N elements together."
+    about = "clip and step against number and size of tensors"
+    parser = options.add_parser(commands, "scaling", about, description=what)
+    add, sizes = parser.add_argument, options.integer(COUNT)
+    add("--tensors", nargs="*", type=options.integer(1), default=list(TENSORS), help="numbers")
+    add("--sizes", nargs="*", type=sizes, default=list(SIZES), help="elements of all together")
+    options.add_plan(parser, "scaling", _scaling)
 
 
-def plan(args: argparse.Namespace) -> Plan:
-    """What the options ask for."""
-    lists = _lists(args)
+def _step(args: argparse.Namespace) -> Plan:
+    names = list(SHAPES) if args.shapes is None and not args.model else args.shapes or []
+    lists = {name: SHAPES[name]() for name in names} | dict(args.model)
     work = itertools.product(args.device, args.dtype, args.optimizer, lists.items())
     cases = [
         Case(name, tuple(shapes), optimizer, dtypes, device)
         for device, dtypes, optimizer, (name, shapes) in work
     ]
-    return options.plan_of("step", cases, args, plots.of_step)
+    return options.plan_of("step", cases, args)
 
 
-def _lists(args: argparse.Namespace) -> dict[str, list[Shape]]:
-    """The lists of shapes by name; a model that fails gets a line and is left out."""
-    names = list(SHAPES) if args.shapes is None and not args.model else args.shapes or []
-    lists = {name: SHAPES[name]() for name in names}
-    for spec in args.model:
-        try:
-            lists[spec] = of_model(spec)
-        except ModelError as error:
-            print(f"not run: {error}", file=sys.stderr)
-    return lists
+def _scaling(args: argparse.Namespace) -> Plan:
+    shapes = [(f"{n:,} tensors", (SHAPE,) * n) for n in sorted(set(args.tensors))]
+    shapes += [(f"{n:,} elements", ((n // COUNT,),) * COUNT) for n in sorted(set(args.sizes))]
+    work = itertools.product(args.device, args.dtype, args.optimizer, shapes)
+    cases = [
+        Case(name, tensors, optimizer, dtypes, device)
+        for device, dtypes, optimizer, (name, tensors) in work
+    ]
+    return options.plan_of("scaling", cases, args)

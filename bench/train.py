@@ -1,139 +1,94 @@
-"""``python -m bench train``: whole training steps, of which clip and step are a part."""
+"""``python -m bench train`` and ``demo``: whole training steps, of which clip and step are a part.
+
+All runs start from the same weights and see the same batches, so that they differ in nothing but
+how they clip and step.
+"""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from bench import options
-from bench.cases.case import NotRunError, check_device
-from bench.cases.gpt import GPT, HEAD_SIZE, GPTConfig, read_text
+from bench.cases.case import check_device
+from bench.cases.gpt import GPTConfig, read_text
 from bench.measuring import environment
-from bench.measuring.timing import summarize
-from bench.measuring.training import Result, train
-from bench.reporting import plots, tables
-from bench.reporting.progress import exit_code, output_folder
-from bench.reporting.report import FIRST_STEPS
-from bench.reporting.results import CaseResult, Report, RowResult
-from bench.rows.updates import REFERENCE, UPDATES, Recipe
+from bench.measuring.processes import prepare_process
+from bench.measuring.training import FIRST_STEPS, LAST_STEPS, Result, case_of, train
+from bench.reporting import tables
+from bench.reporting.figure import figure
+from bench.reporting.results import Report
+from bench.rows.training_rows import REFERENCE, TRAINING_ROWS, Recipe
 
-BASELINE = "torch, fused"
-# Losses, of several nats, may differ by this much: roundings grow with each step of training.
-CLOSE = 1e-2
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What is trained by default on a kind of device."""
-
-    config: GPTConfig
-    batch: int
-    steps: int
-
-
-SIZES = {
-    "cpu": Sizes(GPTConfig(), batch=8, steps=40),
-    "cuda": Sizes(GPTConfig(layers=12, width=768, block=512), batch=16, steps=60),
+# What is trained by default on a kind of device, and in the demo.
+USUAL = {
+    "cpu": (GPTConfig(), Recipe(steps=40)),
+    "cuda": (GPTConfig(layers=12, width=768, block=512), Recipe(steps=60, batch=16)),
+    "demo": (GPTConfig(), Recipe()),
 }
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand."""
-    parser = commands.add_parser(
-        "train",
-        help="whole training steps",
-        description="Train a small GPT once per way to clip and step, all in turns, and time the "
-        "whole training step. Sizes that are not given fit the device.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add, count = parser.add_argument, options.integer(1)
-    add("--device", default="cpu", help="cpu, cuda, cuda:1")
-    add("--rows", nargs="+", choices=list(UPDATES), default=list(UPDATES), help="ways to clip")
-    steps = options.integer(FIRST_STEPS + 1)
-    add("--steps", type=steps, help=f"training steps, of which {FIRST_STEPS} are not timed")
-    add("--batch", type=count, help="windows of text per step")
-    add("--block", type=count, help="bytes per window")
-    add("--layers", type=count, help="transformer blocks")
-    add("--width", type=count, help=f"a multiple of {HEAD_SIZE}")
+def add_parser(commands: options.Commands) -> None:
+    """Add the subcommands."""
+    what = "Train a small GPT once per way to clip and step, all in turns"
+    parser = options.add_parser(commands, "train", "whole training steps", description=what)
+    rows = list(TRAINING_ROWS)
+    parser.add_argument("--rows", nargs="+", choices=rows, default=rows, help="ways to clip")
+    options.add_training(parser, FIRST_STEPS + 1)
     options.add_output(parser, "train")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=_train)
+
+    parser = options.add_parser(commands, "demo", "a table and a picture", description=what)
+    options.add_training(parser, FIRST_STEPS + LAST_STEPS)
+    parser.add_argument("--seeds", type=_seeds, default="0", help="of weights and batches: 0,1,2")
+    parser.add_argument("--out", type=_png, default="demo.png", help="where the picture goes")
+    parser.set_defaults(run=_demo)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure, print and plot.
-
-    Returns:
-        An exit status: 1 if a row was wrong or nothing was measured.
-    """
-    try:
-        check_device(args.device)
-        config, recipe = _sizes(args)
-        text = read_text()
-    except (NotRunError, FileNotFoundError, ValueError) as error:
-        print(f"not run: {error}")
-        return 1
-    names = list(dict.fromkeys([REFERENCE, *args.rows]))  # losses are compared with the first
-    results, failed = train(config, recipe, text, torch.device(args.device), 0, names)
-    where = environment.describe(args.device)
-    method = {**asdict(config), **asdict(recipe), "untimed_steps": FIRST_STEPS}
-    case = _case(config, recipe, args.device, results)
-    case.rows += [RowResult(name, "failed", reason) for name, reason in failed.items()]
-    report = Report("train", where, method, [case])
-    path: Path = output_folder(args.out, where) / f"{args.name}.json"
+def _train(args: argparse.Namespace) -> int:
+    """Time whole training steps; an exit status, 1 if a row was wrong or nothing was measured."""
+    report, _ = _trained(args, 0, list(dict.fromkeys([REFERENCE, *args.rows])))
+    path: Path = environment.output_folder(args.out, report.environment) / f"{args.name}.json"
     report.write(path)
-    table = tables.case_table(report.cases[0], tables.TRAIN_COLUMNS)
-    print(f"{environment.headline(where)}\n{table}\n\n{tables.TRAIN_NOTES}\n\nResults: {path}")
-    if args.plots:
-        for figure in plots.of_train(report, path):
-            print(f"Figure: {figure}")
-    return exit_code(report)
+    print(f"\n{tables.TRAIN_NOTES}\n\nResults: {path}")
+    return report.exit_code()
 
 
-def _sizes(args: argparse.Namespace) -> tuple[GPTConfig, Recipe]:
-    usual = SIZES.get(torch.device(args.device).type, SIZES["cpu"])
-    config = GPTConfig(
-        args.layers or usual.config.layers,
-        args.width or usual.config.width,
-        args.block or usual.config.block,
-    )
-    if config.width % HEAD_SIZE:
-        raise ValueError(f"--width {config.width} is no multiple of {HEAD_SIZE}")
-    return config, Recipe(args.steps or usual.steps, args.batch or usual.batch)
+def _demo(args: argparse.Namespace) -> int:
+    """Print a table per seed and draw; an exit status."""
+    shown: list[Result] = []
+    for seed in args.seeds:
+        report, results = _trained(args, seed, list(TRAINING_ROWS), "demo")
+        shown += results
+    figure(report.cases[0], shown, report.method["max_norm"], args.out)
+    print(f"\n{tables.TRAIN_NOTES}\n\nFigure: {args.out}")
+    return 0
 
 
-def _case(config: GPTConfig, recipe: Recipe, device: str, results: list[Result]) -> CaseResult:
-    params = list(GPT(config).parameters())
-    elements = sum(p.numel() for p in params)
-    title = (
-        f"GPT with {elements:,} parameters in {len(params)} tensors, AdamW, "
-        f"{recipe.steps} steps of {recipe.batch} x {config.block} bytes, {device}"
-    )
-    work = {"shapes": "GPT", "tensors": len(params), "elements": elements, "device": device}
-    case = CaseResult({**work, "optimizer": "AdamW", "dtypes": "float32"}, title)
-    reference = next(result for result in results if result.name == REFERENCE)
-    case.rows = [_row(result, reference) for result in results]
-    baseline = case.row(BASELINE)
-    for row in case.rows:
-        if baseline is not None and baseline.median_ms and row.median_ms:
-            row.ratio = baseline.median_ms / row.median_ms
-    return case
+def _trained(
+    args: argparse.Namespace, seed: int, names: Sequence[str], usual: str = ""
+) -> tuple[Report, list[Result]]:
+    """Train and print."""
+    check_device(args.device)
+    prepare_process()
+    device = torch.device(args.device)
+    config, recipe = options.training(args, *USUAL.get(usual or device.type, USUAL["cpu"]))
+    results, failed = train(config, recipe, read_text(), device, seed, names)
+    case = case_of(config, recipe, args.device, results, failed)
+    where = environment.describe(args.device)
+    print(f"{environment.headline(where)}, seed {seed}")
+    print(tables.case_table(case, tables.DEMO_COLUMNS))
+    method = {**asdict(config), **asdict(recipe), "untimed_steps": FIRST_STEPS}
+    return Report("train", where, method, [case]), results
 
 
-def _row(result: Result, reference: Result) -> RowResult:
-    pairs = zip(result.losses, reference.losses, strict=True)
-    difference = max(abs(a - b) for a, b in pairs)
-    row = RowResult(result.name, difference=difference)
-    if not difference <= CLOSE:
-        row.fail("wrong", f"wrong by {difference:.1e} in the loss")
-        return row
-    step = summarize(result.step_times[FIRST_STEPS:])
-    row.median_ms, row.lower_ms, row.upper_ms = (
-        1e3 * seconds for seconds in (step.median, step.lower, step.upper)
-    )
-    if result.update_times:
-        row.update_ms = 1e3 * summarize(result.update_times[FIRST_STEPS:]).median
-    row.first_cold_s = sum(result.step_times[:FIRST_STEPS])
-    return row
+def _seeds(text: str) -> list[int]:
+    return [options.integer(0)(seed) for seed in text.split(",")]
+
+
+def _png(text: str) -> Path:
+    return options.folder(str(Path(text).parent)) / Path(text).name

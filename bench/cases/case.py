@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
 from bench.cases.shapes import Shape, label
-from bench.rows.optimizers import OPTIMIZERS, Recipe
+from bench.rows.optimizers import OPTIMIZERS, has
 
 GIB = 2**30
-# By the name that the command line takes: the dtypes of parameters and gradients, and of state.
-DTYPES = {
-    "float32": (torch.float32, torch.float32),
-    "bfloat16": (torch.bfloat16, torch.bfloat16),
-    "bfloat16+float32": (torch.bfloat16, torch.float32),
-}
-DTYPE_LABELS = {
-    "float32": "float32",
-    "bfloat16": "bfloat16",
-    "bfloat16+float32": "bfloat16 with float32 state",
-}
+# Of parameters, gradients and state.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class NotRunError(RuntimeError):
@@ -43,18 +37,14 @@ class Case:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of parameters and gradients."""
-        return DTYPES[self.dtypes][0]
+        """Of parameters, gradients and state."""
+        return DTYPES[self.dtypes]
 
-    @property
-    def state_dtype(self) -> torch.dtype:
-        """Of the optimizer's state."""
-        return DTYPES[self.dtypes][1]
-
-    @property
-    def recipe(self) -> Recipe:
-        """The optimizer's class and hyperparameters."""
-        return OPTIMIZERS[self.optimizer]
+    def make_optimizer(self, params: Iterable[Tensor], **implementation: bool) -> Optimizer:
+        """The optimizer over ``params``; of ``foreach``, ``fused`` ..., what its class has."""
+        own = {name: v for name, v in implementation.items() if has(self.optimizer, name)}
+        made: Optimizer = OPTIMIZERS[self.optimizer](params, **own)
+        return made
 
     @property
     def elements(self) -> int:
@@ -66,10 +56,7 @@ class Case:
         """One line for people."""
         count = len(self.shapes)
         size = f"{self.elements:,} parameters in {count:,} tensor{'s' * (count != 1)}"
-        return (
-            f"{label(self.name)} ({size}), {self.optimizer}, "
-            f"{DTYPE_LABELS[self.dtypes]}, {self.device}"
-        )
+        return f"{label(self.name)} ({size}), {self.optimizer}, {self.dtypes}, {self.device}"
 
     def to_json(self) -> dict[str, Any]:
         """What a result says about its case."""
@@ -100,39 +87,28 @@ def check_memory(case: Case, states: int) -> None:
         case: what is to be measured.
         states: how many tensors of state the optimizer has per parameter.
     """
-    size, state = case.dtype.itemsize, states * case.state_dtype.itemsize
-    # Parameters, gradients as drawn, gradients of a step, state; then what a step of foreach takes
-    # besides, two lists of temporary results of the larger dtype.
-    needed = case.elements * (3 * size + state + 2 * max(size, case.state_dtype.itemsize))
+    # Parameters, state and gradients, twice: as they are and as they were; on a CPU once more for
+    # the limit. Then two lists of temporary results of a step of foreach.
+    copies = 3 if case.device == "cpu" else 2
+    needed = case.elements * case.dtype.itemsize * (copies * (2 + states) + 2)
     free = free_memory(torch.device(case.device))
     if needed > free:
         raise NotRunError(f"needs {needed / GIB:.1f} GiB of memory, {free / GIB:.1f} GiB are free")
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that can be allocated."""
+    """Bytes that can be allocated; a container has a limit of its own."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    return min(_meminfo(), _cgroup())
+    available = re.search(r"MemAvailable:\s+(\d+)", _text("/proc/meminfo"))
+    machine = 1024.0 * int(available.group(1)) if available else math.inf
+    limit, used = (_text(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
+    container = float(limit) - float(used) if limit.isdigit() and used.isdigit() else math.inf
+    return min(machine, container)
 
 
-def _meminfo() -> float:
-    for line in _lines("/proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            return 1024.0 * int(line.split()[1])
-    return math.inf
-
-
-def _cgroup() -> float:
-    """What a container may still take."""
-    limit, used = (_lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if not limit or not used or limit[0] == "max":
-        return math.inf
-    return float(limit[0]) - float(used[0])
-
-
-def _lines(path: str) -> Sequence[str]:
+def _text(path: str) -> str:
     try:
-        return Path(path).read_text().splitlines()
+        return Path(path).read_text()
     except OSError:
-        return []
+        return ""

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # as in torch's documentation
 from torch import Tensor, nn
 
+from bench.cases.case import NotRunError
+
 VOCABULARY = 256  # a token is a byte
 HEAD_SIZE = 32
 
@@ -99,12 +101,12 @@ def read_text() -> Tensor:
     The same on each machine with the same Python.
 
     Raises:
-        FileNotFoundError: this Python comes without the source code of its library.
+        NotRunError: this Python comes without the source code of its library.
     """
     folder = Path(sysconfig.get_paths()["stdlib"])
     text = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
     if not text:
-        raise FileNotFoundError(f"no text to train on: there is no *.py file in {folder}")
+        raise NotRunError(f"no text to train on: there is no *.py file in {folder}")
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 

@@ -1,77 +1,52 @@
-"""From the times of a case's rows, process by process, to its results."""
+"""From the times that the processes took to the results of a case."""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Sequence
-from statistics import median
+from collections.abc import Callable, Mapping, Sequence
+from statistics import geometric_mean, median
 
-from bench.measuring.timing import Times, summarize
-from bench.reporting.results import CaseResult, RowResult
+from bench.measuring.measure import FirstStep, Part
+from bench.measuring.timing import Times, quartiles
+from bench.reporting.results import CaseResult
 from bench.rows.registry import BASELINE, LIMIT
 
-Part = dict[str, Times]  # what one process took: of each row, in the same rounds
-ENOUGH = 5  # rounds for a median
 
+def conclude(result: CaseResult, parts: Sequence[Part], firsts: Mapping[str, FirstStep]) -> None:
+    """Fill in what ``parts`` tell; a row that failed in one of them has no times.
 
-def conclude(result: CaseResult, parts: Sequence[Part]) -> None:
-    """Fill in what times tell: the rounds in which cores lay near count, where there are enough."""
-    near, apart = (_choose(parts, choice) for choice in (lambda t: t.near, lambda t: t.apart))
-    counted = near if _rounds(near) >= ENOUGH else parts
-    latencies = [x for part in counted for x in next(iter(part.values())).core_latency]
-    result.rounds, result.processes = len(latencies), len(counted)
-    result.core_latency_ns = median(latencies or [0.0])
-    needed = result.bytes_per_parameter * result.case["elements"]
-    for row in result.rows:
-        own = [part[row.name] for part in counted if row.name in part]
-        if not own:
-            continue
-        _store(row, own)
-        row.gbps = needed / (row.median_ms * 1e6) if row.median_ms else None
-        row.ratio = _ratio(counted, BASELINE, row.name)
-        if result.host_hidden:
-            row.host_ratio = _ratio(counted, BASELINE, row.name, lambda times: times.host)
-        row.share_of_limit = _ratio(counted, LIMIT, row.name)
-        if row.share_of_limit is not None:
-            row.bytes_per_parameter = result.bytes_per_parameter / row.share_of_limit
-        if _rounds(apart) >= ENOUGH:
-            row.ratio_apart = _ratio(apart, BASELINE, row.name)
-
-
-def center(parts: Sequence[Sequence[float]]) -> float:
-    """The geometric mean of the processes' medians, each weighted by its number of rounds.
-
-    In some processes a row is slower throughout, and where these are half of all, a median over
-    all rounds would be that of the one kind or of the other.
+    A time is the median over a process's rounds. Of several processes it is the geometric mean of
+    theirs, as in some a row is slower throughout.
     """
-    logs = [len(part) * math.log(median(part)) for part in parts]
-    return math.exp(math.fsum(logs) / sum(map(len, parts)))
-
-
-def _choose(parts: Sequence[Part], rounds: Callable[[Times], Sequence[int]]) -> list[Part]:
-    chosen = [{name: t.take(rounds(t)) for name, t in part.items()} for part in parts]
-    return [part for part in chosen if any(t.device for t in part.values())]
-
-
-def _rounds(parts: Sequence[Part]) -> int:
-    return sum(len(next(iter(part.values())).device) for part in parts)
-
-
-def _store(row: RowResult, own: Sequence[Times]) -> None:
-    spread = summarize(list(itertools.chain.from_iterable(times.device for times in own)))
-    row.lower_ms, row.upper_ms = 1e3 * spread.lower, 1e3 * spread.upper
-    row.median_ms = 1e3 * center([times.device for times in own])
-    row.host_us = 1e6 * center([times.host for times in own])
+    result.rows = parts[0].rows
+    result.bytes_per_parameter = parts[0].bytes_per_parameter
+    for part in parts[1:]:
+        for row, again in zip(result.rows, part.rows, strict=True):
+            if row.status == "ok" and again.status != "ok":
+                row.fail(again.status, again.reason)
+    timed = [part.times for part in parts if part.times]
+    result.processes = len(timed)
+    result.rounds = sum(len(next(iter(times.values())).device) for times in timed)
+    for row in result.rows:
+        if row.name in firsts:
+            row.first_cold_s, row.first_warm_s = firsts[row.name].cold, firsts[row.name].warm
+        if row.status != "ok" or not timed:
+            continue
+        own = [times[row.name] for times in timed]
+        lower, _, upper = quartiles([seconds for times in own for seconds in times.device])
+        row.lower_ms, row.upper_ms = 1e3 * lower, 1e3 * upper
+        row.median_ms = 1e3 * geometric_mean(median(times.device) for times in own)
+        row.host_us = 1e6 * geometric_mean(median(times.host) for times in own)
+        row.gbps = result.bytes_per_parameter * result.case["elements"] / (1e6 * row.median_ms)
+        row.ratio = _ratio(timed, BASELINE, row.name, lambda times: times.device)
+        if result.host_hidden:
+            row.host_ratio = _ratio(timed, BASELINE, row.name, lambda times: times.host)
+        row.share_of_limit = _ratio(timed, LIMIT, row.name, lambda times: times.device)
 
 
 def _ratio(
-    parts: Sequence[Part],
-    other: str,
-    own: str,
-    of: Callable[[Times], Sequence[float]] = lambda times: times.device,
+    timed: Sequence[dict[str, Times]], other: str, own: str, of: Callable[[Times], Sequence[float]]
 ) -> float | None:
     """How many times the time of ``own`` that of ``other`` is, over rounds that both were in."""
-    both = [(of(part[other]), of(part[own])) for part in parts if {other, own} <= part.keys()]
-    ratios = [[a / b for a, b in zip(*pair, strict=True)] for pair in both]
-    return center(ratios) if ratios else None
+    both = [(of(times[other]), of(times[own])) for times in timed if {other, own} <= times.keys()]
+    medians = [median(a / b for a, b in zip(*pair, strict=True)) for pair in both]
+    return geometric_mean(medians) if medians else None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("torch", "triton", "jax", "optax")
+PACKAGES = ("torch", "triton")
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -56,17 +56,16 @@ def device_type(environment: dict[str, Any]) -> str:
     return torch.device(environment["device"]).type
 
 
-def slug(environment: dict[str, Any]) -> str:
-    """A name for a folder of results of this device."""
+def output_folder(out: Path | None, environment: dict[str, Any]) -> Path:
+    """``out``, or the folder of this device among what is built."""
     name = environment["device_name"]
     if device_type(environment) == "cpu":
         name += f" {environment['threads']} threads"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return out or ROOT / "build" / "bench" / slug
 
 
 def _version(package: str) -> str | None:
-    if package == "torch":
-        return torch.__version__
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -75,15 +74,9 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str:
     """The commit of the checkout; with ``+`` where tracked files differ from it."""
-    hashed, changes = _git("rev-parse", "--short=10", "HEAD"), _git("status", "--porcelain", "-uno")
-    return f"{hashed}{'+' if changes else ''}" if hashed else "unknown"
-
-
-def _git(*arguments: str) -> str:
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=10", "--dirty=+"]
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
-        )
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.SubprocessError):
-        return ""
+        return "unknown"
     return done.stdout.strip()

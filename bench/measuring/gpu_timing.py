@@ -22,7 +22,8 @@ SAFETY = 1.5  # times the host's time that the GPU is kept busy for, at first
 LEAST = 2e-4  # seconds beside that
 TRIES = 5  # each twice as long as the one before
 CALIBRATION = 20_000_000  # cycles: some 10 ms
-EVICTED = 4 * 2**20  # bytes, several times what a core has of cache for itself
+EVICTING = bytearray(4 * 2**20)  # several times what a core has of cache for itself
+DOCUMENT = {f"key {i}": list(range(i)) for i in range(50)}
 
 
 def clock_for(device: torch.device, cold: bool) -> Clock:
@@ -96,16 +97,15 @@ def work_elsewhere() -> None:
     its branches are no longer in the core's caches. In a tight loop they are, and a host's time
     from there is up to half of what training pays.
     """
-    model, inputs, document, source, target = _belongings()
-    target[:] = source
+    model, inputs = _model()
+    EVICTING[:] = bytes(len(EVICTING))
     for _ in range(2):
         model(inputs).square().sum().backward()
-        json.loads(json.dumps(document))
+        json.loads(json.dumps(DOCUMENT))
 
 
 @functools.cache
-def _belongings() -> tuple[nn.Module, Tensor, dict[str, list[int]], bytes, bytearray]:
-    """What ``work_elsewhere`` works on: small tensors, for one thread."""
+def _model() -> tuple[nn.Module, Tensor]:
+    """Small, for one thread."""
     model = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 8))
-    document = {f"key {i}": list(range(i)) for i in range(50)}
-    return model, torch.ones(4, 32), document, bytes(EVICTED), bytearray(EVICTED)
+    return model, torch.ones(4, 32)

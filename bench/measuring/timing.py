@@ -7,14 +7,13 @@ import gc
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from statistics import median, quantiles
+from statistics import quantiles
 
 import torch
 from torch import Tensor
 
-from bench.measuring.cores import APART, core_latency
 from bench.rows.runs import Run
 
 MOST = 20  # times the repetitions that were asked for
@@ -26,46 +25,15 @@ class Times:
     """Seconds per step: until the device was done, and until the host could go on.
 
     On a GPU the two are taken one after the other, as ``gpu_timing.GpuClock`` says.
-
-    Attributes:
-        core_latency: ``cores.core_latency`` when the round of the step began, in nanoseconds.
     """
 
     device: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
-    core_latency: list[float] = field(default_factory=list)
-
-    @property
-    def near(self) -> list[int]:
-        """The rounds in which the cores lay near each other."""
-        return [i for i, latency in enumerate(self.core_latency) if latency < APART]
-
-    @property
-    def apart(self) -> list[int]:
-        """The other rounds."""
-        return [i for i, latency in enumerate(self.core_latency) if latency >= APART]
-
-    def take(self, rounds: Sequence[int]) -> Times:
-        """The times of these rounds."""
-        lists = self.device, self.host, self.core_latency
-        return Times(*([values[i] for i in rounds] for values in lists))
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Median and quartiles."""
-
-    median: float
-    lower: float
-    upper: float
-
-
-def summarize(times: Sequence[float]) -> Summary:
-    """Median and quartiles of ``times``, of which one is enough."""
-    if len(times) < 2:
-        return Summary(times[0], times[0], times[0])
-    lower, _, upper = quantiles(times, n=4, method="inclusive")
-    return Summary(median(times), lower, upper)
+def quartiles(times: Sequence[float]) -> list[float]:
+    """The lower one, the median and the upper one of ``times``, of which one is enough."""
+    return quantiles(times, n=4, method="inclusive") if len(times) > 1 else list(times) * 3
 
 
 class Clock:
@@ -115,12 +83,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def interleave(
-    runs: dict[str, Run],
-    clock: Clock,
-    repetitions: int,
-    warmup: int,
-    seconds: float = 0.0,
-    on_round: Callable[[], object] = lambda: None,
+    runs: dict[str, Run], clock: Clock, repetitions: int, warmup: int, seconds: float = 0.0
 ) -> tuple[dict[str, Times], dict[str, Exception]]:
     """Time the runs in rounds of one step each, in an order that is drawn anew for each round.
 
@@ -131,7 +94,6 @@ def interleave(
         warmup: how many come before.
         seconds: up to ``MOST`` times as many are timed until they took so long: other programs
             disturb short steps for longer than thirty of them take.
-        on_round: called after each.
 
     Returns:
         The times, and the errors of those that failed.
@@ -145,18 +107,16 @@ def interleave(
             end = time.perf_counter() + seconds
         if turn >= warmup + repetitions and time.perf_counter() > end:
             break
-        order = [name for name in runs if name not in errors]
+        order = list(times)
         drawn.shuffle(order)
-        latency = core_latency(clock.device)
         for name in order:
             try:
                 device, host = clock.time(runs[name])
             except Exception as error:
                 errors[name] = error
+                del times[name]
                 continue
             if turn >= warmup:
                 times[name].device.append(device * runs[name].scale)
                 times[name].host.append(host)
-                times[name].core_latency.append(latency)
-        on_round()
-    return {name: t for name, t in times.items() if name not in errors}, errors
+    return times, errors

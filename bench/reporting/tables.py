@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 
 from tabulate import tabulate
 
-from bench.measuring.cores import APART
 from bench.reporting.results import CaseResult, RowResult
-from bench.rows.registry import BASELINE, LIMIT
+from bench.rows.registry import BASELINE
 
 NONE = "-"
+Columns = Sequence[tuple[str, Callable[[RowResult], str]]]
 
 
 def _format(pattern: str, factor: float = 1.0) -> Callable[[float | None], str]:
@@ -29,54 +28,48 @@ microseconds = _format("{:,.0f}")
 seconds = _format("{:.2f}")
 ratio = _format("{:.2f}")
 percent = _format("{:.0f}%", 100)
-COLUMNS: list[tuple[str, Callable[[RowResult], str]]] = [
+COLUMNS: Columns = [
     ("clip and step by", lambda r: r.name),
     ("ms,\nmedian", lambda r: milliseconds(r.median_ms)),
     ("IQR,\nms", lambda r: milliseconds(spread(r))),
     ("times\nas fast", lambda r: ratio(r.ratio)),
-    ("cores\napart", lambda r: ratio(r.ratio_apart)),
-    ("bytes per\nparameter", lambda r: _format("{:.0f}")(r.bytes_per_parameter)),
+    ("host,\nµs", lambda r: microseconds(r.host_us)),
+    ("host, times\nas fast", lambda r: ratio(r.host_ratio)),
     ("GB/s", lambda r: _format("{:.1f}")(r.gbps)),
     ("of the\nlimit", lambda r: percent(r.share_of_limit)),
-    ("kernels", lambda r: NONE if r.kernels is None else f"{r.kernels:,}"),
-    ("host,\nµs", lambda r: microseconds(r.host_us)),
+    ("kernels", lambda r: _format("{:,}")(r.kernels)),
     ("first step,\ns, cold", lambda r: seconds(r.first_cold_s)),
     ("first step,\ns, warm", lambda r: seconds(r.first_warm_s)),
     ("extra\nMiB", lambda r: _format("{:,.1f}", 2**-20)(r.extra_bytes)),
     ("from\nfloat64", lambda r: _format("{:.1e}")(r.difference)),
 ]
-# Where the host is timed by itself; the cores of the host are not looked at there.
-GPU_COLUMNS: list[tuple[str, Callable[[RowResult], str]]] = [
-    *COLUMNS[:1],
-    ("GPU ms,\nmedian", COLUMNS[1][1]),
-    *COLUMNS[2:4],
-    ("host,\nµs", lambda r: microseconds(r.host_us)),
-    ("host, times\nas fast", lambda r: ratio(r.host_ratio)),
-    *(column for column in COLUMNS[5:] if column[0] != "host,\nµs"),
-]
-TRAIN_COLUMNS: list[tuple[str, Callable[[RowResult], str]]] = [
-    *COLUMNS[:1],
+TRAIN_COLUMNS: Columns = [
+    COLUMNS[0],
     ("training\nstep, ms", lambda r: milliseconds(r.median_ms)),
     *COLUMNS[2:4],
     ("clip and\nstep, ms", lambda r: milliseconds(r.update_ms)),
-    ("of the\nstep", lambda r: percent(share_of_training(r))),
+    ("part of\nthe step", lambda r: percent(share_of_training(r))),
+]
+DEMO_COLUMNS: Columns = [
+    *TRAIN_COLUMNS,
     ("first 5\nsteps, s", lambda r: seconds(r.first_cold_s)),
+    ("final\nloss", lambda r: _format("{:.4f}")(r.final_loss)),
     ("loss\ndifference", lambda r: _format("{:.1e}")(r.difference)),
+    ("parameter\ndifference", lambda r: _format("{:.1e}")(r.param_difference)),
+    ("steps\nclipped", lambda r: percent(r.clipped)),
 ]
 NOTES = f"""\
 ms: until the device is done; the median, and of several processes the geometric mean of theirs.
-Times as fast: as "{BASELINE}", likewise, over rounds in which each row took one step. Cores apart:
-the same over rounds in which two threads took {APART:.0f} ns and more to see each other's stores,
-which count for nothing else where there are others. Bytes per parameter: what the limit moves in
-the same time, beside what a step needs. GB/s: the bytes needed by the time. Host: until the next
-call may run; where GPU ms are beside it, these are the GPU's alone, and the host's of a call after
-other work. First step: rows that compile in a fresh process, with empty caches on disk and with
-filled ones. Extra: the most memory that a step allocates. From float64: the largest difference of a
-parameter, after two steps."""
-TRAIN_NOTES = (
-    "Times as fast: the whole training step, as torch's clip_grad_norm_ and fused AdamW. Loss "
-    "difference:\nthe largest of any step from torch's plain AdamW."
-)
+Times as fast: as "{BASELINE}", likewise, over rounds in which each row took one step. GB/s: the
+bytes needed by the time. Host: until the next call may run; on a GPU ms are the GPU's alone, and
+the host's are of a call after other work. First step: rows that compile in a fresh process, with
+empty caches on disk and with filled ones. Extra: the most memory that a step allocates. From
+float64: the largest difference of a parameter, after two steps."""
+TRAIN_NOTES = """\
+Times: medians without the first 5 steps, in which rows are compiled; a training step in one graph
+has none for clip and step alone. Times as fast: the whole training step, as torch's clip_grad_norm_
+and fused AdamW. Differences: the largest from the row "torch", of any step's loss and of any
+parameter at the end. Final loss: the mean of the last 10 steps."""
 
 
 def spread(row: RowResult) -> float | None:
@@ -93,61 +86,33 @@ def share_of_training(row: RowResult) -> float | None:
     return row.update_ms / row.median_ms
 
 
-def case_table(
-    case: CaseResult,
-    columns: Sequence[tuple[str, Callable[[RowResult], str]]] | None = None,
-    headline: bool = True,
-) -> str:
-    """The case's rows with times as a table, and a line for each other row."""
-    columns = columns or (GPU_COLUMNS if case.host_hidden else COLUMNS)
+def table(lines: Sequence[Sequence[str]], headers: Sequence[str], tablefmt: str = "simple") -> str:
+    """The first column on the left, numbers on the right."""
+    align = ["left", *["right"] * (len(headers) - 1)]
+    return tabulate(lines, headers, tablefmt=tablefmt, disable_numparse=True, colalign=align)
+
+
+def rows_table(case: CaseResult, columns: Columns, tablefmt: str = "simple") -> str:
+    """The case's rows with times, without columns that say nothing here."""
     measured = [row for row in case.rows if row.median_ms is not None]
-    parts = [f"\n{case.title}{_rounds(case)}"] if headline else []
+    shown = [(h, of) for h, of in columns if any(of(row) != NONE for row in measured)]
+    headers = [header.replace("\n", "\n" if tablefmt == "simple" else " ") for header, _ in shown]
+    return table([[value(row) for _, value in shown] for row in measured], headers, tablefmt)
+
+
+def case_table(case: CaseResult, columns: Columns = COLUMNS) -> str:
+    """The case's rows with times as a table, and a line for each other row."""
+    needed = f"; {case.bytes_per_parameter:.0f} bytes needed; {case.rounds} rounds"
+    parts = [f"\n{case.title}{needed if case.rounds else ''}"]
     if case.reason:
         parts.append(f"not run: {case.reason}")
-    if measured:
-        cells = [[value(row) for _, value in columns] for row in measured]
-        headers = [header for header, _ in columns]
-        align = ["left", *["right"] * (len(headers) - 1)]
-        parts.append(tabulate(cells, headers, disable_numparse=True, colalign=align))
-    parts += [status_line(row) for row in case.rows if row.median_ms is None]
+    if any(row.median_ms is not None for row in case.rows):
+        parts.append(rows_table(case, columns))
+    parts += [_status(row) for row in case.rows if row.median_ms is None]
     return "\n".join(parts)
 
 
-def _rounds(case: CaseResult) -> str:
-    if not case.rounds:
-        return ""
-    latency = f", cores {case.core_latency_ns:.0f} ns apart" if case.core_latency_ns else ""
-    return f"; {case.bytes_per_parameter:.0f} bytes needed; {case.rounds} rounds{latency}"
-
-
-def status_line(row: RowResult) -> str:
+def _status(row: RowResult) -> str:
     """Why a row has no times."""
     said = row.reason.startswith((row.status, "not served"))
     return f"{row.name}: {row.reason if said else f'{row.status}: {row.reason}'}"
-
-
-def summary(cases: Sequence[CaseResult]) -> str:
-    """A line per case: the baseline, compileclip's best row and the best of all others."""
-    lines = []
-    for case in cases:
-        measured = [r for r in case.rows if r.median_ms is not None and r.name != LIMIT]
-        ours = [row for row in measured if row.name.startswith("compileclip")]
-        others = [row for row in measured if row not in ours]
-        cells = [_best(others), _best(ours)]
-        if measured:
-            lines.append([case.title.partition(" (")[0], *_work(case), *itertools.chain(*cells)])
-    headers = ["case", "optimizer", "dtype", "fastest of others", "ms", "times\nas fast"]
-    headers += ["fastest of compileclip", "ms", "times\nas fast"]
-    align = ["left"] * 4 + ["right"] * 2 + ["left"] + ["right"] * 2
-    return tabulate(lines, headers, disable_numparse=True, colalign=align) if lines else ""
-
-
-def _best(rows: Sequence[RowResult]) -> tuple[str, str, str]:
-    if not rows:
-        return NONE, NONE, NONE
-    best = min(rows, key=lambda row: row.median_ms or 0.0)
-    return best.name.removeprefix("compileclip, "), milliseconds(best.median_ms), ratio(best.ratio)
-
-
-def _work(case: CaseResult) -> tuple[str, str]:
-    return case.case["optimizer"], case.case["dtypes"]

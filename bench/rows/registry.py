@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from bench.cases.case import NotRunError
 from bench.cases.workload import Workload
-from bench.rows import graph_rows
-from bench.rows.compiled_rows import OneGraph, TwoCalls
 from bench.rows.limit import Limit
-from bench.rows.optax_row import Optax
-from bench.rows.runs import ByHand, ClipAndStep, Ours, Run
+from bench.rows.runs import ByHand, ClipAndStep, Compiled, InGraph, Ours, Run
 
 BASELINE = "clip + fused"
 LIMIT = "limit: moves the bytes"
 OURS = "compileclip, multi_tensor"
+ONE_GRAPH = "torch.compile, one graph"
 STOCK_GRAPH = "clip + fused, CUDA graph"
 OUR_GRAPH = "compileclip, CUDA graph"
 
@@ -40,49 +40,52 @@ class Row:
     per_tensor: bool = False
     only: str = ""
 
+    def check_compilation(self, tensors: int, most: int) -> None:
+        """Raise ``NotRunError`` where it would be compiled for more than ``most`` tensors."""
+        if self.per_tensor and tensors > most:
+            raise NotRunError(
+                f"compiling {tensors:,} tensors takes long (--compile-tensors {most})"
+            )
 
+
+_STOCK = partial(ClipAndStep, foreach=True, fused=True, capturable=True)
+_OURS = partial(Ours, mode="multi_tensor", capturable=True)
+# Another process is sent them, so ``start`` is no lambda.
 ROWS = (
     # A GPU cannot queue its launches, and takes ten times as long as for the next row.
-    Row("clip + for-loop", lambda work: ClipAndStep(work, foreach=False), only="cpu"),
-    Row("clip + foreach", lambda work: ClipAndStep(work, foreach=True)),
-    Row(BASELINE, lambda work: ClipAndStep(work, fused=True)),
-    Row(STOCK_GRAPH, graph_rows.stock, only="cuda"),
+    Row("clip + for-loop", partial(ClipAndStep, foreach=False), only="cpu"),
+    Row("clip + foreach", partial(ClipAndStep, foreach=True)),
+    Row(BASELINE, partial(ClipAndStep, fused=True)),
+    Row(STOCK_GRAPH, partial(InGraph, start=_STOCK), only="cuda"),
     Row("fused, grad_scale by hand", ByHand),
-    Row("torch.compile, two calls", TwoCalls, compiles=True, per_tensor=True),
-    Row("torch.compile, one graph", OneGraph, compiles=True, per_tensor=True),
-    Row("compileclip, eager", lambda work: Ours(work, "eager"), compiles=True),
-    Row(
-        "compileclip, inductor", lambda work: Ours(work, "inductor"), compiles=True, per_tensor=True
-    ),
-    Row(OURS, lambda work: Ours(work, "multi_tensor"), compiles=True),
-    Row(OUR_GRAPH, graph_rows.ours, compiles=True, only="cuda"),
-    Row("optax, jax.jit", Optax, compiles=True, per_tensor=True, only="cpu"),
+    Row("torch.compile, two calls", Compiled, compiles=True, per_tensor=True),
+    Row(ONE_GRAPH, partial(Compiled, one_graph=True), compiles=True, per_tensor=True),
+    Row("compileclip, eager", partial(Ours, mode="eager"), compiles=True),
+    Row("compileclip, inductor", partial(Ours, mode="inductor"), compiles=True, per_tensor=True),
+    Row(OURS, partial(Ours, mode="multi_tensor"), compiles=True),
+    Row(OUR_GRAPH, partial(InGraph, start=_OURS), compiles=True, only="cuda"),
     Row(LIMIT, Limit),
 )
 NAMES = tuple(row.name for row in ROWS)
 
 
-def choose(patterns: Sequence[str]) -> tuple[Row, ...]:
-    """The rows whose name holds one of ``patterns``; all of them if there is no pattern.
+def choose(text: str) -> tuple[Row, ...]:
+    """The rows whose name holds one of the parts of ``text`` between commas.
 
-    A pattern that is a name is for that row alone.
+    A part that is a name is for that row alone.
 
     Raises:
-        ValueError: a pattern is in no name.
+        ArgumentTypeError: a part is in no name.
     """
-    for pattern in patterns:
-        if not any(pattern in name for name in NAMES):
-            raise ValueError(f"no row's name holds {pattern!r}; the rows are: {'; '.join(NAMES)}")
-    chosen = {name for p in patterns for name in NAMES if (name == p if p in NAMES else p in name)}
-    return tuple(row for row in ROWS if not patterns or row.name in chosen)
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if not any(part in name for name in NAMES):
+            names = "; ".join(NAMES)
+            raise argparse.ArgumentTypeError(f"no row's name holds {part!r}; the rows are: {names}")
+    chosen = {name for p in parts for name in NAMES if (name == p if p in NAMES else p in name)}
+    return tuple(row for row in ROWS if row.name in chosen)
 
 
 def for_device(chosen: Sequence[Row], device: str) -> tuple[Row, ...]:
     """Those of ``chosen`` that are for this device."""
     return tuple(row for row in chosen if row.only in ("", torch.device(device).type))
-
-
-def check_compilation(row: Row, tensors: int, most: int) -> None:
-    """Raise ``NotRunError`` where ``row`` would be compiled for more than ``most`` tensors."""
-    if row.per_tensor and tensors > most:
-        raise NotRunError(f"compiling {tensors:,} tensors takes long (--compile-tensors {most})")

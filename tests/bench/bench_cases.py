@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from bench.cases.case import Case
-from bench.measuring import measure
-from bench.measuring.measure import Method
-from bench.reporting.results import RowResult
+from bench.measuring.conclude import conclude
+from bench.measuring.measure import Method, measure
+from bench.reporting.results import CaseResult, RowResult
 from bench.rows import registry
 from bench.rows.registry import Row
 from bench.rows.runs import ClipAndStep
@@ -25,9 +24,9 @@ def case(
 
 def run(case: Case, *chosen: Row, method: Method = QUICK) -> dict[str, RowResult]:
     chosen = chosen or registry.for_device(registry.ROWS, case.device)
-    measured = measure.Measurement(case, chosen, method, Path("/unused"))
-    measured.time()
-    result = measured.finish()
+    hidden = case.device.startswith("cuda")
+    result = CaseResult(case.to_json(), case.title, host_hidden=hidden)
+    conclude(result, [measure(case, chosen, method, {})], {})
     return {row.name: row for row in result.rows}
 
 

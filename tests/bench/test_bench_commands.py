@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +13,21 @@ import pytest
 import torch
 from bench_cases import Unclipped, row
 
-from bench import __main__
-from bench.measuring import again, timing
-from bench.measuring.again import Asked, Found
-from bench.measuring.measure import Measurement
-from bench.measuring.timing import Times
-from bench.reporting import progress
+from bench import __main__, train
+from bench.measuring.environment import ROOT
+from bench.plans import _Job as Job
 from bench.reporting.results import CaseResult, read
 from bench.rows import registry
 from bench.rows.registry import BASELINE, OURS, Row
+from bench.rows.training_rows import TRAINING_ROWS, Update
 
 
 def test_step_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--model", "bench_models:tiny", "--model", "bench_models:fails"]
-    options += ["--shapes", "1x1000"]
-    options += ["--device", "cuda:77", "cpu", "--rows", "fused,multi_tensor,limit,optax"]
+    options = ["--model", "bench_models:tiny", "--shapes", "1x1000"]
+    options += ["--device", "cuda:77", "cpu", "--rows", "fused,multi_tensor,limit"]
     options += ["--repetitions", "2", "--warmup", "0", "--no-first-steps", "--out", str(tmp_path)]
     assert __main__.main(["step", *options]) == 0
-    out, err = capsys.readouterr()
-    assert "not run: bench_models:fails failed: RuntimeError: no weights" in err
+    out = capsys.readouterr().out
     assert out.count("not run: no device 'cuda:77'") == 2
     report = read(tmp_path / "step.json")
     assert [case.case["shapes"] for case in report.cases[2:]] == ["1x1000", "bench_models:tiny"]
@@ -38,8 +36,6 @@ def test_step_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert report.environment["versions"]["torch"] == torch.__version__
     assert report.environment["threads"] == torch.get_num_threads()
     assert report.method["repetitions"] == 2
-    (plot,) = tmp_path.glob("*.png")
-    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_wrong_row_is_reported(
@@ -61,97 +57,68 @@ def test_scaling_command(tmp_path: Path) -> None:
     assert __main__.main(["scaling", *options]) == 0
     cases: list[CaseResult] = read(tmp_path / "scaling.json").cases
     assert [c.case["tensors"] for c in cases] == [1, 3, 16]
-    assert {p.name for p in tmp_path.glob("*.png")} >= {"scaling-time.png", "scaling-limit.png"}
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """With one thread no cores lie apart, for which there would be further processes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
 def test_commands_measured_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The cases of all commands in one process, then in the next, each with its part."""
-    asked: list[list[Asked]] = []
-    taken: dict[str, list[int]] = {}
-    add = Measurement.add
+    turns: list[int] = []
+    measured: list[tuple[int, int]] = []
 
-    def recorded(self: Measurement, times: dict[str, Times], errors: Any) -> None:
-        taken.setdefault(self._result.title, []).append(len(times[OURS].device))
-        add(self, times, errors)
+    def noted(self: Job, turn: int, *args: Any) -> None:
+        turns.append(turn)
+        measure(self, turn, *args)
+        (*_, part) = self._parts
+        measured.append((len(self._parts), len(part.times[OURS].device)))
 
-    def noted(these: list[Asked]) -> Iterator[Found]:
-        asked.append(these)
-        return again.again(these)
-
-    monkeypatch.setattr(Measurement, "add", recorded)
-    monkeypatch.setattr(progress, "again", noted)
+    measure = Job.measure
+    monkeypatch.setattr(Job, "measure", noted)
     options = ["--rows", "fused,multi_tensor,limit", "--repetitions", "4", "--seconds", "1e-9"]
     options += ["--no-first-steps", "--out", str(tmp_path)]
     first = ["scaling", "--tensors", "2", "3", "--sizes", *options, "--processes", "2"]
     second = ["step", "--shapes", "1x1000", *options, "--processes", "3"]
     assert __main__.main([*first, "+", *second]) == 0
-    assert [[len(each.case.shapes) for each in these] for these in asked] == [[2, 3, 1], [1]]
-    assert list(taken.values()) == [[2, 2], [2, 2], [2, 2, 2]]
+    assert turns == [0, 0, 0, 1, 1, 1, 2]
+    assert measured == [(1, 2)] * 3 + [(2, 2)] * 3 + [(3, 2)]
     assert [c.case["tensors"] for c in read(tmp_path / "scaling.json").cases] == [2, 3]
     (case,) = read(tmp_path / "step.json").cases
     assert case.row(OURS)
+    assert (case.processes, case.rounds) == (3, 6)
     assert capsys.readouterr().out.count("Results: ") == 2
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_what_compiles_finds_its_caches_in_each_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those that its first steps have filled, and not the user's own."""
-    asked: list[Asked] = []
+    filled: list[set[Path]] = []
 
-    def noted(these: list[Asked]) -> Iterator[Found]:
-        asked.extend(these)
-        filled = [_libraries(each.rows[OURS]) for each in these]
-        yield from again.again(these)
-        assert all(filled)
-        assert [_libraries(each.rows[OURS]) for each in these] == filled
+    def noted(self: Job, *args: Any) -> None:
+        measure(self, *args)
+        filled.append(_libraries(self._firsts[OURS].caches))
 
-    monkeypatch.setattr(progress, "again", noted)
+    measure = Job.measure
+    monkeypatch.setattr(Job, "measure", noted)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "own"))
-    options = ["--tensors", "1", "2", "--sizes", "--rows", "clip + fused,multi_tensor"]
-    options += ["--repetitions", "2", "--seconds", "1e-9", "--processes", "2", "--no-plots"]
+    options = ["--tensors", "1", "--sizes", "--rows", "clip + fused,multi_tensor"]
+    options += ["--repetitions", "2", "--seconds", "1e-9", "--processes", "2"]
     assert __main__.main(["scaling", *options, "--out", str(tmp_path)]) == 0
-    assert [each.rows[BASELINE] for each in asked] == [None, None]
-    assert all(case.row(OURS) for case in read(tmp_path / "scaling.json").cases)
+    assert filled[0]
+    assert filled[0] == filled[1]
+    (case,) = read(tmp_path / "scaling.json").cases
+    assert 0 < case.row(OURS).first_warm_s < case.row(OURS).first_cold_s
     assert not _libraries(tmp_path / "own")
 
 
-def _libraries(folder: Path | None) -> set[Path]:
-    assert folder is not None
+def _libraries(folder: Path) -> set[Path]:
     return set(folder.rglob("*.so"))
 
 
-@pytest.mark.parametrize(("latency", "more"), [(20.0, 2), (200.0, 4)])
-def test_processes_in_place_of_those_whose_cores_lay_apart(
-    latency: float, more: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each is followed by another, up to as many again but one."""
-    processes: list[int] = []
-
-    def faked(asked: list[Asked]) -> Iterator[Found]:
-        processes.append(len(asked))
-        times = Times([1.0] * 3, [1.0] * 3, [latency, 20.0, latency])
-        return iter([Found({BASELINE: times}, {})] * len(asked))
-
-    monkeypatch.setattr(timing, "core_latency", lambda device: latency)
-    monkeypatch.setattr(progress, "again", faked)
-    options = ["--shapes", "1x1000", "--rows", "clip + fused", "--repetitions", "6", "--no-plots"]
-    options += ["--seconds", "1e-9", "--processes", "3", "--no-first-steps", "--out", str(tmp_path)]
-    assert __main__.main(["step", *options]) == 0
-    assert processes == [1] * more
+def test_time_that_is_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--shapes", "1x1000", "--minutes", "1e-9", "--out", str(tmp_path)]
+    assert __main__.main(["step", *options]) == 1
+    assert "not run: the time is up (--minutes 1e-09)" in capsys.readouterr().out
 
 
 def test_train_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,7 +128,6 @@ def test_train_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     (case,) = read(tmp_path / "train.json").cases
     assert [row.name for row in case.rows] == ["torch", "compileclip", "torch, fused"]
     assert all(0 < row.update_ms < row.median_ms for row in case.rows)
-    assert (tmp_path / "train.png").exists()
     assert "training" in capsys.readouterr().out
 
 
@@ -172,6 +138,10 @@ def test_train_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["step", "--shapes", "gpt5"], "invalid choice"),
         (["step", "--repetitions", "0"], "is no integer from 1 on"),
         (["step", "--out", "/proc/nothing"], "cannot write to"),
+        (["step", "--model", "bench_models:fails"], "fails failed: RuntimeError: no weights"),
+        (["train", "--width", "33"], "33 is no multiple of 32"),
+        (["demo", "--seeds", "-1"], "is no integer from 0 on"),
+        (["demo", "--max-norm", "0"], "is no positive number"),
         (["scaling", "--sizes", "3"], "is no integer from 16 on"),
         (["train", "--steps", "5"], "is no integer from 6 on"),
         (["nonsense"], "invalid choice"),
@@ -197,7 +167,49 @@ def test_commands_that_write_one_file(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("options", [["--device", "cuda:77"], ["--width", "33"]])
-def test_training_that_cannot_be(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert __main__.main(["train", *options]) == 1
-    assert capsys.readouterr().out.startswith("not run: ")
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_training_that_cannot_be(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert __main__.main([command, "--device", "cuda:77"]) == 1
+    assert capsys.readouterr().out.startswith("not run: no device 'cuda:77'")
+
+
+def test_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("torch", "compileclip", "torch, fused")
+    monkeypatch.setattr(train, "TRAINING_ROWS", names)  # the others compile for long
+    options = ["--layers", "1", "--width", "32", "--block", "8", "--batch", "2", "--steps", "15"]
+    picture = tmp_path / "new" / "demo.png"
+    assert __main__.main(["demo", *options, "--seeds", "3,4", "--out", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if line.startswith("compileclip ")]
+    assert len(rows) == 2  # one per seed
+    assert "seed 3\n" in out
+    assert "parameter" in out
+
+
+def test_a_row_of_training_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(model: Any, recipe: Any) -> Update:
+        def clip_and_step() -> torch.Tensor:
+            raise RuntimeError("no compiler\nat all")
+
+        return Update(torch.optim.SGD(model.parameters(), lr=0.1), clip_and_step)
+
+    monkeypatch.setitem(TRAINING_ROWS, "compileclip", fails)
+    options = ["--layers", "1", "--width", "32", "--block", "8", "--batch", "2", "--steps", "8"]
+    options += ["--rows", "compileclip", "torch, fused", "--out", str(tmp_path)]
+    assert __main__.main(["train", *options]) == 0
+    assert "\ncompileclip: failed: no compiler\n" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_the_recipe_for_a_gpu_is_a_script_of_nine_minutes() -> None:
+    printed = ["make", "--no-print-directory", "-n", "gpu"]
+    recipe = subprocess.run(printed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    subprocess.run(["bash", "-n"], input=recipe, text=True, check=True)
+    limits = [int(seconds) for seconds in re.findall(r"timeout (?:-s INT )?(\d+) python", recipe)]
+    assert len(limits) == len(re.findall(r"python3? -m (?:bench|pytest|pip)", recipe)) == 5
+    assert sum(limits) <= 540

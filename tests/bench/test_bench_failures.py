@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,11 +10,13 @@ from pathlib import Path
 import pytest
 from bench_cases import QUICK, Unclipped, case, row, run
 
-from bench import __main__
+from bench import __main__, plans
 from bench.cases.case import NotRunError
 from bench.cases.workload import Workload
-from bench.measuring import again, measure
-from bench.reporting.results import read
+from bench.measuring.conclude import conclude
+from bench.measuring.measure import measure
+from bench.measuring.processes import fresh_process
+from bench.reporting.results import CaseResult, read
 from bench.rows import limit, registry
 from bench.rows.registry import BASELINE, LIMIT, OURS, Row
 from bench.rows.runs import ClipAndStep, Run
@@ -94,16 +95,6 @@ def test_out_of_memory_is_said() -> None:
     assert found[LIMIT].status == "ok"
 
 
-def test_no_jax(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
-        raise ImportError(name=name)
-
-    monkeypatch.setattr(importlib, "import_module", missing)
-    method = replace(QUICK, compile_tensors=10)
-    found = run(case(), row("optax, jax.jit"), method=method)
-    assert found["optax, jax.jit"].reason == "jax is not installed"
-
-
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(source: str) -> None:
         raise native_build.CompilerError("there is no C++ compiler", "install g++")
@@ -125,45 +116,41 @@ def test_a_mode_that_falls_back_is_not_timed(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_too_large_and_not_there() -> None:
     with pytest.raises(NotRunError, match=r"needs .* GiB of memory, .* are free"):
-        measure.Measurement(case(shapes=((10**13,),)), registry.ROWS, QUICK, Path("/unused"))
+        measure(case(shapes=((10**13,),)), registry.ROWS, QUICK, {})
     with pytest.raises(NotRunError, match="no device 'cuda:77'"):
-        measure.Measurement(case(device="cuda:77"), registry.ROWS, QUICK, Path("/unused"))
+        measure(case(device="cuda:77"), registry.ROWS, QUICK, {})
 
 
-@pytest.mark.parametrize("last_words", ["", '{"times": {"clip'])
-def test_a_later_process_that_fails(
-    last_words: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+STEP = ["step", "--shapes", "1x1000", "--rows", "fused,limit", "--repetitions", "4", "--no-plots"]
+STEP += ["--no-first-steps", "--processes", "2"]
+
+
+def test_a_later_process_that_ends_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Times of the first stand, and it is said that there are fewer."""
-    program = tmp_path / "python"
-    program.write_text(f"#!/bin/sh\nprintf '%s' '{last_words}'\nexit 1\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(again.sys, "executable", str(program))
-    options = ["--shapes", "1x1000", "--rows", "fused,limit", "--repetitions", "4", "--no-plots"]
-    options += ["--no-first-steps", "--processes", "2", "--out", str(tmp_path)]
-    assert __main__.main(["step", *options]) == 0
-    told = capsys.readouterr().err
-    assert "fewer times are taken: a process ended early, with exit status 1" in told
-    (case,) = read(tmp_path / "step.json").cases
-    assert case.row(BASELINE)
+    monkeypatch.setattr(plans, "fresh_process", lambda: fresh_process(0.001))
+    assert __main__.main([*STEP, "--out", str(tmp_path)]) == 0
+    assert "fewer times are taken: BrokenProcessPool: " in capsys.readouterr().err
+    (found,) = read(tmp_path / "step.json").cases
+    assert found.row(BASELINE)
+    assert (found.processes, found.reason) == (1, "")
 
 
-def test_cases_and_rows_that_fail_in_a_later_process() -> None:
-    method = replace(QUICK, processes=2)
-    rows_asked = dict.fromkeys((BASELINE, "clip + foreach"))
-    asked = [
-        again.Asked(case(device="cuda:77"), rows_asked, method, 600.0),
-        again.Asked(case("RMSprop"), rows_asked, method, 600.0),
-        again.Asked(case(), rows_asked, method, 600.0),
-        again.Asked(case(), rows_asked, method, 0.0),
-    ]
-    gone, without, fine, late = again.again(asked)
-    assert gone.reason.startswith("not run: no device 'cuda:77'")
-    assert without.errors == {BASELINE: ("not run", "torch.optim.RMSprop has no fused=True")}
-    assert without.times.keys() == {"clip + foreach"}
-    assert fine.times.keys() == rows_asked.keys()
-    assert not fine.errors
-    assert late.reason == "the time is up"
+def test_a_row_that_fails_in_a_later_process() -> None:
+    """It has no times; the others have those of both."""
+    tiny, chosen = case(), (row(BASELINE), row("clip + foreach"))
+    result = CaseResult(tiny.to_json(), tiny.title)
+    with fresh_process() as process:
+        method = replace(QUICK, processes=2)
+        parts = [measure(tiny, chosen, method, {})]
+        parts.append(process.submit(measure, tiny, chosen, method, {}, trace=False).result())
+        with pytest.raises(NotRunError, match="no device"):
+            process.submit(measure, case(device="cuda:77"), chosen, method, {}).result()
+    del parts[1].times["clip + foreach"]
+    parts[1].rows[1].fail("failed", "no luck")
+    conclude(result, parts, {})
+    assert [r.status for r in result.rows] == ["ok", "failed"]
+    assert result.rows[1].median_ms is None
+    assert result.processes == 2
+    assert result.rounds == 2

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench import publish
+from bench import __main__, publish
 from bench.measuring.environment import device_type
 from bench.reporting.results import CaseResult, Report, RowResult
 from bench.rows.registry import BASELINE, OURS
@@ -43,7 +43,7 @@ def case(shapes: str = "gpt2", optimizer: str = "AdamW", ours: float = 50.0) -> 
     rows = [
         RowResult(BASELINE, median_ms=100.0, ratio=1.0, lower_ms=90, upper_ms=110),
         RowResult(OURS, median_ms=ours, ratio=2.0, update_ms=5.0, share_of_limit=0.9),
-        RowResult("optax, jax.jit", status="not run", reason="jax is not installed"),
+        RowResult("torch.compile, two calls", status="not run", reason="it takes long"),
         RowResult("clip + foreach", status="wrong", reason="wrong by 1"),
     ]
     return CaseResult(about, "a title", 32.0, rows=rows)
@@ -71,7 +71,7 @@ def on_gpu(*cases: CaseResult) -> list[CaseResult]:
 
 def test_the_page_shows_what_the_files_hold() -> None:
     text = publish.PAGE.read_text()
-    assert publish.render(text, publish.RESULTS) == text, "run python -m bench.readme"
+    assert publish.render(text, publish.RESULTS) == text, "run python -m bench.publish"
     commands = {found.group(2, 3) for found in publish.BLOCK.finditer(text)}
     kept = [publish.read(path) for path in publish.RESULTS.glob("*/*.json")]
     assert {(r.command, device_type(r.environment)) for r in kept} <= commands, (
@@ -92,7 +92,7 @@ def test_blocks_are_replaced_and_nothing_else(tmp_path: Path) -> None:
     cells = {line[0]: line[1:] for line in lines}
     assert cells[OURS] == ["50.00 (2.00)", "0.250 (2.00)"]
     assert cells["clip + foreach"] == ["wrong", "wrong"]
-    assert "optax, jax.jit" not in cells
+    assert "torch.compile, two calls" not in cells
 
 
 def test_rounds_and_processes_are_those_that_count(tmp_path: Path) -> None:
@@ -123,22 +123,6 @@ def test_a_gpu_has_two_columns_per_case(tmp_path: Path) -> None:
     found = ["100.0", "2,000", "50.00", "500", "2.00", "4.00", "90%"]
     assert ["148", "1,000", *found, "-", "-"] in lines
     assert "GPU, times as fast" in text
-    assert publish.ONE_FIGURE not in text
-
-
-def test_files_of_the_older_method_say_so(tmp_path: Path) -> None:
-    """Until newer ones take their place."""
-    for command in ("step", "train", "scaling"):
-        write(tmp_path, command, case(), device="cuda")
-    text = publish.render("<!-- bench:scaling -->\n<!-- /bench -->\n" + TEXT, tmp_path)
-    assert text.count(publish.ONE_FIGURE) == 2
-    assert [OURS, "50.00 (2.00)"] in cells_of(text)
-    assert "host µs" not in text
-    write(tmp_path, "step", *on_gpu(case()), device="cuda")
-    write(tmp_path, "scaling", *on_gpu(case()), device="cuda")
-    text = publish.render("<!-- bench:scaling -->\n<!-- /bench -->\n" + TEXT, tmp_path)
-    assert publish.ONE_FIGURE not in text
-    assert text.count("host µs") == 3
 
 
 def test_files_from_before_the_host_was_timed_apart() -> None:
@@ -191,18 +175,30 @@ def test_what_is_not_as_expected(
     if content is not None:
         (tmp_path / "device").mkdir()
         (tmp_path / "device" / "step.json").write_text(content)
-    assert publish.main(["--page", str(file), "--results", str(tmp_path)]) == 1
+    assert __main__.main(["publish", "--page", str(file), "--results", str(tmp_path)]) == 1
     assert file.read_text() == text
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_check_changes_nothing(tmp_path: Path) -> None:
+def test_the_command_writes_the_page(tmp_path: Path) -> None:
     file = tmp_path / "README.md"
     file.write_text(TEXT)
     write(tmp_path, "step", case())
-    options = ["--page", str(file), "--results", str(tmp_path)]
-    assert publish.main([*options, "--check"]) == 1
-    assert file.read_text() == TEXT
-    assert publish.main(options) == 0
-    assert publish.main([*options, "--check"]) == 0
+    assert __main__.main(["publish", "--page", str(file), "--results", str(tmp_path)]) == 0
     assert "50.00 (2.00)" in file.read_text()
+
+
+def test_a_file_is_whole_or_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "step", case())
+    (path,) = tmp_path.glob("*/step.json")
+    before = path.read_text()
+
+    def full(own: Path, text: str) -> None:
+        with own.open("w") as file:
+            file.write(text[:10])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space"):
+        write(tmp_path, "step", case("1x1000"))
+    assert path.read_text() == before

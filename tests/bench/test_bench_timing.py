@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
-from bench_cases import case
+from bench_cases import QUICK, case, row
 
 from bench.cases.workload import Workload
-from bench.measuring.first_step import first_steps
-from bench.measuring.timing import MOST, Clock, interleave, summarize
+from bench.measuring import measure
+from bench.measuring.timing import MOST, Clock, interleave, quartiles
 from bench.rows.registry import OURS
 from bench.rows.runs import Run
 
@@ -40,15 +42,19 @@ def test_runs_take_turns() -> None:
 
 
 def test_median_and_quartiles() -> None:
-    found = summarize([4.0, 1.0, 3.0, 2.0, 5.0])
-    assert (found.lower, found.median, found.upper) == (2.0, 3.0, 4.0)
-    assert summarize([7.0]).upper == 7.0
+    assert quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == [2.0, 3.0, 4.0]
+    assert quartiles([7.0]) == [7.0] * 3
 
 
-def test_first_steps_are_cold_then_warm(tmp_path: Path) -> None:
-    cold, warm = first_steps(case(shapes=((5,),)), OURS, tmp_path, 120.0)
-    assert cold is not None
-    assert warm is not None
-    assert warm < cold
-    assert list(tmp_path.rglob("*.so"))
-    assert first_steps(case(), OURS, tmp_path, 0.01) == (None, None)
+def test_first_steps_are_cold_then_warm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = replace(QUICK, first_steps=True)
+    rows = (row(OURS), row("clip + fused"), row("torch.compile, one graph"))
+    found = measure.first_steps(case(shapes=((5,),)), rows, method, tmp_path)
+    assert list(found) == [OURS]  # another compiles nothing, the third tensor by tensor
+    first = found[OURS]
+    assert first.warm < first.cold
+    assert first.caches.parent == tmp_path
+    assert list(first.caches.rglob("*.so"))
+    monkeypatch.setattr(measure, "FIRST_STEP_LIMIT", 0.01)
+    first = measure.first_steps(case(), rows, method, tmp_path)[OURS]
+    assert (first.cold, first.warm) == (None, None)
