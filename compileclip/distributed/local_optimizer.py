@@ -89,14 +89,14 @@ class LocalOptimizer:
                     replaced.append((p, p.grad))
                     p.grad = grad
             for p, view, spec in placed:
-                grad: Any = p.grad
+                grad = p.grad
                 if grad is None:
                     continue
-                own = grad._spec  # FSDP2's gradients have that of their parameter
+                own = _spec(grad)  # FSDP2's gradients have that of their parameter
                 if own is not spec and own.placements != spec.placements:
                     replaced.append((p, grad))
                     p.grad = grad = as_placed(grad, p)
-                part = grad._local_tensor
+                part = _part(grad)
                 stepped.append(view)
                 try:
                     view.grad = part if type(part) is Tensor else local(grad)

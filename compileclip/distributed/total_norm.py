@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from compileclip.distributed.process_groups import ProcessGroups, Reduction, groups_of
+from compileclip.distributed.process_groups import ProcessGroups, Reduction, groups_of, ranks_of
 from compileclip.distributed.shards import is_sharded, local
 
 # Norms of lists on this rank: 0-dim float64 of at least one tensor, by the order p.
@@ -29,12 +30,14 @@ class Alike:
 
     Attributes:
         mesh: None for plain tensors.
-        copies: how many ranks hold the same part.
+        copies: how many ranks of the mesh hold the same part.
+        again: how often, then, the groups count their sum.
         params: the indices of the parameters.
     """
 
     mesh: object
     copies: int
+    again: int = 1
     params: list[int] = field(default_factory=list)
 
 
@@ -52,7 +55,11 @@ class TotalNorm:
         found: dict[tuple[object, int], Alike] = {}
         for i, p in enumerate(params):
             mesh, copies = (p.device_mesh, _copies(p)) if is_sharded(p) else (None, 1)
-            found.setdefault((mesh, copies), Alike(mesh, copies)).params.append(i)
+            if (mesh, copies) not in found:
+                found[mesh, copies] = Alike(
+                    mesh, copies, 1 if mesh is None else _again(mesh, groups)
+                )
+            found[mesh, copies].params.append(i)
         self.alike = list(found.values())
         each = [() if a.mesh is None else groups_of(a.mesh) for a in self.alike]  # type: ignore[arg-type]
         self.over_meshes, self.over_groups = (
@@ -60,7 +67,6 @@ class TotalNorm:
             Reduction([groups.groups if groups else ()]),
         )
         self._device = local(params[0]).device
-        self._elements = [sum(params[i].numel() for i in a.params) for a in self.alike]
 
     def of(
         self, grads: Sequence[Tensor | None], norm_type: float, norm: LocalNorm, overreaches: bool
@@ -101,7 +107,7 @@ class TotalNorm:
 
     def _added_up(self, parts: Sequence[Tensor], norm_type: float) -> Tensor:
         powers = [
-            _power(part, norm_type) / alike.copies
+            _power(part, norm_type) / (alike.copies * alike.again)
             for part, alike in zip(parts, self.alike, strict=True)
         ]
         total = sum(self.over_meshes.run(powers, dist.ReduceOp.SUM))
@@ -125,12 +131,21 @@ class TotalNorm:
             ]
             flags.append(torch.stack([a.to(self._device, torch.float64) for a in each]))
         found = self.over_meshes.run(flags, dist.ReduceOp.MAX)
-        return self.over_groups.run([torch.cat(found).sum()], dist.ReduceOp.SUM)[0]
+        counts = [f.sum() / alike.again for f, alike in zip(found, self.alike, strict=True)]
+        return self.over_groups.run([torch.stack(counts).sum()], dist.ReduceOp.SUM)[0]
 
     def sent(self) -> tuple[int, int]:
         """Of one norm with p = 2: the number of all-reduces, and the bytes that this rank gives."""
         rounds = [*self.over_meshes.rounds, *self.over_groups.rounds]
         return len(rounds), sum(8 * len(members) for _, members in rounds)
+
+
+def _again(mesh: Any, groups: ProcessGroups | None) -> int:
+    """How often ``groups`` add up what all ranks of ``mesh`` have."""
+    ranks = set(mesh.mesh.flatten().tolist())
+    return math.prod(
+        len(ranks.intersection(ranks_of(g))) for g in (groups.groups if groups else ())
+    )
 
 
 def _copies(param: Tensor) -> int:

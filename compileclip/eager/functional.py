@@ -82,9 +82,7 @@ def get_total_norm(
         return torch.tensor(0.0)
     else:
         total = _norm_here(tensors, norm_type, foreach)
-    if error_if_nonfinite and not total.isfinite():
-        raise RuntimeError(nonfinite_message(norm_type, total))
-    return total
+    return _finite(total, norm_type) if error_if_nonfinite else total
 
 
 @torch.no_grad()
@@ -222,6 +220,13 @@ def _natively(tensors: list[Tensor], norm_type: float) -> Tensor | None:
     return triton_foreach.total_norm_again(tensors, norm_type)
 
 
+def _finite(total_norm: Tensor, norm_type: float) -> Tensor:
+    """``total_norm``, which is awaited; an error where it is NaN or infinite."""
+    if not total_norm.isfinite():
+        raise RuntimeError(nonfinite_message(norm_type, total_norm))
+    return total_norm
+
+
 def _norm_here(tensors: list[Tensor], norm_type: float, foreach: bool | None) -> Tensor:
     # What native code serves is plain and dense: it needs no further look.
     total = None if torch.compiler.is_compiling() else _natively(tensors, norm_type)
@@ -248,8 +253,8 @@ def _clip_over_ranks(
             p.grad = as_placed(p.grad, p)
     parts = [None if p.grad is None else local(p.grad) for p in parameters]
     total_norm = norm_over_ranks(parameters, parts, norm_type, process_group)
-    if error_if_nonfinite and not total_norm.isfinite():
-        raise RuntimeError(nonfinite_message(norm_type, total_norm))
+    if error_if_nonfinite:
+        _finite(total_norm, norm_type)
     _clip(_grads(parameters), max_norm, total_norm, foreach)
     return total_norm
 

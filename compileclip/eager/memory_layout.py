@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from compileclip.distributed.shards import any_sharded, is_sharded
 from compileclip.lowering.plain_tensors import is_dense
 
 if TYPE_CHECKING:
@@ -21,14 +22,17 @@ if TYPE_CHECKING:
 
 
 def are_alike(optimizer: Optimizer, params: Sequence[Tensor]) -> bool:
-    """Whether each parameter, its gradient and its state are, where a fused kernel needs it.
+    """Whether each parameter, its gradient and its state are, where torch's kernels need it.
 
-    It takes elements in the order of memory, so that others would be updated by each other's.
+    Fused ones take elements in the order of memory, so that others would be updated by each
+    other's. Neither they nor foreach kernels take lists of ``DTensor`` on several meshes, or beside
+    plain tensors.
     """
-    for group in optimizer.param_groups:
-        if group.get("fused"):
-            break
-    else:
+    if not any(group.get("fused") or group.get("foreach") for group in optimizer.param_groups):
+        return True
+    if any_sharded(params) and len({p.device_mesh if is_sharded(p) else None for p in params}) > 1:
+        return False
+    if not any(group.get("fused") for group in optimizer.param_groups):
         return True
     if _are_contiguous(optimizer, params):
         return True
@@ -73,15 +77,16 @@ def _is_alike(param: Tensor, state: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def unfused(optimizer: Optimizer) -> Iterator[None]:
-    """Within it, the optimizer steps by torch's other kernels."""
-    fused = [group for group in optimizer.param_groups if group.get("fused")]
-    for group in fused:
-        group["fused"] = False
+    """Within it, the optimizer steps by torch's kernels for single tensors."""
+    names = ("fused", "foreach")
+    taken = [(group, k) for group in optimizer.param_groups for k in names if group.get(k)]
+    for group, name in taken:
+        group[name] = False
     try:
         yield
     finally:
-        for group in fused:
-            group["fused"] = True
+        for group, name in taken:
+            group[name] = True
 
 
 def _is_strided(tensor: Tensor) -> bool:

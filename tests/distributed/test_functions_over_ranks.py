@@ -158,6 +158,30 @@ def test_process_groups(on_ranks: Any) -> None:
     on_ranks(4, check_groups)
 
 
+def check_groups_and_meshes() -> None:
+    """What a mesh's ranks have together is not counted again by a group of the same ranks."""
+    rank = dist.get_rank()
+    torch.manual_seed(1)
+    spots = [Spot((5, 4), (2, 2), "R S0"), Spot((6,), (2, 2, "b"), "S0"), Spot((4,), (4,), "R")]
+    fulls = [torch.randn(s.shape) for s in spots]
+    held = [s.hold(t) for s, t in zip(spots, fulls, strict=True)]
+    own = torch.full((3,), 1.0 + rank)
+    every = [torch.full((3,), 1.0 + r) for r in range(4)]
+    for order in (2.0, 1.0, math.inf, 0.0):
+        # On mesh "b" there are two of the second, one for each half of the ranks.
+        seen = [fulls[0], fulls[1], fulls[1], fulls[2], *every]
+        expected = torch.linalg.vector_norm(torch.cat([t.flatten() for t in seen]), order)
+        expected = torch.tensor(8.0) if order == 0 else expected
+        for given in (dist.group.WORLD, mesh(2, 2)):
+            norm = compileclip.get_total_norm([*held, own], order, process_group=given)
+            torch.testing.assert_close(norm, expected, rtol=2.4e-7, atol=0.0)
+            check_same_bits(norm)
+
+
+def test_groups_and_meshes(on_ranks: Any) -> None:
+    on_ranks(4, check_groups_and_meshes)
+
+
 def check_count(world: int) -> dict[str, tuple[int, int]]:
     """All-reduces of one clip_grad_norm_: ours, and torch's where it has a result."""
     counts = {}
