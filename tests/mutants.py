@@ -236,6 +236,12 @@ MUTANTS = [
      "tests/lowering/test_lowering_cpp.py tests/custom_optimizers/test_served_optimizers.py tests/eager/test_optim_db.py"),
     ("NaN in a maximum", "lowering/cpp/cpp_prelude.py", "OP maximum(T a, T b) { return a > b || a != a",
      "OP maximum(T a, T b) { return a > b", "tests/lowering/test_lowering_cpp.py"),
+    ("the insertion left out of a program", "multi_tensor/eligibility.py", "if left_out is not None:",
+     "if False:", "tests/passes/test_disabled_passes.py"),
+    ("the insertion left out of a graph", "graph/inductor_mode.py", "if left_out is not None:",
+     "if False:", "tests/passes/test_disabled_passes.py"),
+    ("unknown passes", "graph/training_step.py", "    passes.disabled_passes()\n", "",
+     "tests/passes/test_disabled_passes.py"),
     ("halves rounded to even", "lowering/cpp/cpp_prelude.py", "b + 0x7fff + ((b >> 16) & 1)",
      "b + 0x8000", "tests/lowering/test_lowering_cpp.py"),
 ]  # fmt: skip

@@ -83,7 +83,7 @@ class OrderedPasses(_Base):  # type: ignore[misc]  # which class it is depends o
             run(ours, graph)
 
     def uuid(self) -> Any | None:
-        """What Inductor's caches know us by: code and fields of our passes, the user's uuids.
+        """What Inductor's caches know us by: our passes that run, code and fields, and the user's.
 
         None, which turns caching off, where a pass of the user's has no uuid.
         """
@@ -106,7 +106,7 @@ def run(ours: Callable[[Graph], int], graph: Graph) -> None:
     try:
         changed = ours(copy.deepcopy(graph))
     except Exception as error:
-        name = type(ours).__name__
+        name = getattr(ours, "name", type(ours).__name__)
         warn_fallback(
             f"the pass {name}",
             f"it raised {type(error).__name__}: {error}",
