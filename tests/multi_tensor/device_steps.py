@@ -5,6 +5,7 @@ In the interpreter torch's optimizers are told that a CPU is as good, and powers
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import warnings
@@ -13,12 +14,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import optimizer_registry
 import pytest
 import torch
 import triton.language as tl
 from helpers import clone_params, flat_state, params_like, set_grads
-from optimizer_registry import MODULES, names
+from optimizer_registry import MODULES, OPTIMIZERS, names
 from test_optim_db import all_params
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -95,7 +95,7 @@ def no_wait(opt: Any) -> Iterator[None]:
 
 
 def maker(name: str, **options: Any) -> Callable[[Any], Optimizer]:
-    return optimizer_registry.maker(name, **{"lr": 0.01, "foreach": False, **options})
+    return functools.partial(OPTIMIZERS[name].make, **{"lr": 0.01, "foreach": False, **options})
 
 
 def twins(make: Callable[[Any], Optimizer], device: str, **options: Any) -> tuple[Any, Any]:

@@ -30,8 +30,8 @@ from triton_runs import INTERPRETED, device, passed_in_the_interpreter
 
 __all__ = ["device"]  # a fixture
 SHAPES = [(3, 4), (5,), (2, 3, 2), (17, 300), (0,), (1,)]
-MAKERS = makers(
-    ["SGD, Nesterov", "AdamW", "Adam, amsgrad", "RMSprop, centered", "NAdam", "RAdam", "Adagrad"],
+MAKERS = makers(["SGD, Nesterov"], lr=0.1) | makers(
+    ["AdamW", "Adam, amsgrad", "RMSprop, centered", "NAdam", "RAdam", "Adagrad"],
     lr=0.01,
     foreach=False,
 )
