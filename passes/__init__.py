@@ -73,6 +73,15 @@ def why_not_inserted() -> str | None:
     return f"{DISABLE} leaves out {InsertNormAndScale.name}"
 
 
+def may_be_cached() -> bool:
+    """Whether Inductor's caches may keep a graph.
+
+    Not without ``lift_scalars_pass``: they would serve code of one float for another, as
+    ``variable_floats`` says.
+    """
+    return "lift_scalars_pass" not in disabled_passes()
+
+
 def _enabled(graph: str) -> tuple[Callable[[Graph], int], ...]:
     disabled = disabled_passes()
     return tuple(p() for p in all_passes() if p.runs_on == graph and p.name not in disabled)

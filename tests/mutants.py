@@ -242,6 +242,8 @@ MUTANTS = [
      "if False:", "tests/passes/test_disabled_passes.py"),
     ("unknown passes", "graph/training_step.py", "    passes.disabled_passes()\n", "",
      "tests/passes/test_disabled_passes.py"),
+    ("no cache without lifting", "graph/inductor_passes.py", "if not passes.may_be_cached():",
+     "if False:", "tests/passes/test_disabled_passes.py"),
     ("halves rounded to even", "lowering/cpp/cpp_prelude.py", "b + 0x7fff + ((b >> 16) & 1)",
      "b + 0x8000", "tests/lowering/test_lowering_cpp.py"),
 ]  # fmt: skip

@@ -85,8 +85,11 @@ class OrderedPasses(_Base):  # type: ignore[misc]  # which class it is depends o
     def uuid(self) -> Any | None:
         """What Inductor's caches know us by: our passes that run, code and fields, and the user's.
 
-        None, which turns caching off, where a pass of the user's has no uuid.
+        None, which turns caching off, where a pass of the user's has no uuid, or no pass of ours
+        keeps the caches from mixing up floats.
         """
+        if not passes.may_be_cached():
+            return None
         theirs = [p.uuid() if hasattr(p, "uuid") else None for p in self.theirs]
         if not all(theirs):
             return None

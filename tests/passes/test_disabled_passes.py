@@ -134,6 +134,20 @@ def test_inductors_caches_know_which_passes_run(monkeypatch: pytest.MonkeyPatch)
     assert len(known) == 3
 
 
+def test_without_lifting_no_cache_mixes_up_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(passes.DISABLE, "lift_scalars_pass")
+    assert OrderedPasses(passes.default_passes(), ()).uuid() is None
+    x = torch.linspace(0.5, 2, 7)
+
+    def mixed(rate: float) -> Tensor:
+        return x.clamp(max=rate) + x * rate
+
+    compiled = torch.compile(mixed, backend="compileclip")
+    with config.patch(fx_graph_cache=True):
+        for rate in (1.0, 0.9, 0.8, 0.7):
+            torch.testing.assert_close(compiled(rate), mixed(rate))
+
+
 def test_a_pass_is_named_as_its_file() -> None:
     for each in passes.all_passes():
         assert each.name == f"{Path(inspect.getfile(each)).stem}_pass"
