@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -153,3 +154,8 @@ def test_a_pass_is_named_as_its_file() -> None:
         assert each.name == f"{Path(inspect.getfile(each)).stem}_pass"
         assert each.runs_on in ("step", "captured", "aten")
     assert len(set(NAMES)) == len(NAMES)
+
+
+def test_the_documented_order_is_this_one() -> None:
+    page = Path(__file__).parents[2] / "docs/how_it_works.md"
+    assert re.findall(r"^\| `(\w+_pass)` \|", page.read_text(), re.MULTILINE) == NAMES
