@@ -31,6 +31,7 @@ them), nothing is written in place, and other passes have cleaned up.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -57,6 +58,9 @@ class _TotalNorm:
 @dataclass(frozen=True)
 class FuseStockClip:
     """The pass; it has no settings."""
+
+    name: ClassVar[str] = "fuse_stock_clip_pass"
+    runs_on: ClassVar[str] = "aten"
 
     def __call__(self, graph: Graph) -> int:
         """Rewrite ``graph`` and return the number of total norms replaced."""

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx
@@ -55,6 +55,9 @@ class InsertNormAndScale:
         write_grads: whether to store the scaled gradients.
         skip: whether a norm that is not finite leaves the gradients as they are.
     """
+
+    name: ClassVar[str] = "insert_norm_and_scale_pass"
+    runs_on: ClassVar[str] = "step"
 
     norm_type: float
     clip: bool = True

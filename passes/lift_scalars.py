@@ -22,7 +22,7 @@ Before::                                    After::
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch._ops import OpOverload
@@ -36,6 +36,9 @@ from compileclip.passes.scalar_rules import RULES, Nodes
 @dataclass(frozen=True)
 class LiftScalars:
     """The pass; it has no fields."""
+
+    name: ClassVar[str] = "lift_scalars_pass"
+    runs_on: ClassVar[str] = "captured"
 
     def __call__(self, graph: Graph) -> int:
         """Rewrite ``graph`` in place and return the number of calls and floats replaced."""

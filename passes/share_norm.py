@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -54,6 +54,9 @@ class ShareNorm:
     Attributes:
         least: how many elements a gradient has at least.
     """
+
+    name: ClassVar[str] = "share_norm_pass"
+    runs_on: ClassVar[str] = "aten"
 
     least: int = LARGE
 

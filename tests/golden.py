@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from optimizer_registry import maker
 
 from compileclip.lowering.cpp import cpp_kernel, cpp_prelude
 from compileclip.lowering.triton import triton_source
@@ -20,9 +21,9 @@ from compileclip.recording.shadow import OnDevice, Shadow
 
 FOLDER = Path(__file__).parent / "golden"
 OPTIMIZERS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3),
-    "nadam": lambda p: torch.optim.NAdam(p, lr=1e-3),
+    "sgd": maker("SGD, momentum", lr=0.1),
+    "adamw": maker("AdamW", lr=1e-3),
+    "nadam": maker("NAdam", lr=1e-3),
 }
 FLOAT = torch.float32
 

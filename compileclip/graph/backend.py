@@ -26,7 +26,8 @@ def compileclip(
 ) -> Callable[..., Any]:
     """Compile a graph that Dynamo captured, as ``backend="inductor"`` does, with our passes.
 
-    With ``COMPILECLIP_DISABLE=1`` in the environment, the graph runs in eager mode instead.
+    With ``COMPILECLIP_DISABLE=1`` in the environment, the graph runs in eager mode instead;
+    ``COMPILECLIP_DISABLE_PASSES`` leaves out the passes that it names.
 
     Args:
         module: the captured graph.
@@ -39,15 +40,17 @@ def compileclip(
 
     Raises:
         RuntimeError: an unknown mode or option, with torch's own message.
+        ValueError: ``COMPILECLIP_DISABLE_PASSES`` names no pass.
     """
     if is_disabled():
         return module.forward
     from torch._inductor.compile_fx import compile_fx
 
+    from compileclip import passes
     from compileclip.graph.inductor_passes import patches, run
-    from compileclip.passes.lift_scalars import LiftScalars
 
-    run(LiftScalars(), module.graph)
+    for each in passes.captured_passes():
+        run(each, module.graph)
     module.recompile()
 
     wrapper = torch._TorchCompileInductorWrapper(mode, options, None)

@@ -56,6 +56,9 @@ class CompiledStep:
 
         Returns:
             The total norm; or None where the step could not be compiled, and nothing has changed.
+
+        Raises:
+            ValueError: ``COMPILECLIP_DISABLE_PASSES`` names no pass.
         """
         if self.refusal is not None or is_disabled():
             return None
@@ -95,6 +98,11 @@ class CompiledStep:
         return None if self.refusal is None else (self.refusal.cause, self.refusal.remedy)
 
     def _check(self, params: Sequence[Tensor]) -> None:
+        from compileclip import passes
+
+        left_out = passes.why_not_inserted()
+        if left_out is not None:
+            raise CannotCompileError(left_out, "leave that name out there, or take mode='eager'")
         if any(is_sharded(p) for p in params):
             raise CannotCompileError("a parameter is a DTensor", "use mode='eager'")
         if any(p.grad is not None and p.grad.layout != torch.strided for p in params):

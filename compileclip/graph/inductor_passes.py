@@ -83,10 +83,13 @@ class OrderedPasses(_Base):  # type: ignore[misc]  # which class it is depends o
             run(ours, graph)
 
     def uuid(self) -> Any | None:
-        """What Inductor's caches know us by: code and fields of our passes, the user's uuids.
+        """What Inductor's caches know us by: our passes that run, code and fields, and the user's.
 
-        None, which turns caching off, where a pass of the user's has no uuid.
+        None, which turns caching off, where a pass of the user's has no uuid, or no pass of ours
+        keeps the caches from mixing up floats.
         """
+        if not passes.may_be_cached():
+            return None
         theirs = [p.uuid() if hasattr(p, "uuid") else None for p in self.theirs]
         if not all(theirs):
             return None
@@ -106,7 +109,7 @@ def run(ours: Callable[[Graph], int], graph: Graph) -> None:
     try:
         changed = ours(copy.deepcopy(graph))
     except Exception as error:
-        name = type(ours).__name__
+        name = getattr(ours, "name", type(ours).__name__)
         warn_fallback(
             f"the pass {name}",
             f"it raised {type(error).__name__}: {error}",

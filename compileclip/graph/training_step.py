@@ -44,7 +44,13 @@ def compile(train_step: F, **kwargs: Any) -> F:
     Returns:
         The compiled function. With ``COMPILECLIP_DISABLE=1`` in the environment it runs
         ``train_step`` as it is.
+
+    Raises:
+        ValueError: ``COMPILECLIP_DISABLE_PASSES`` names no pass.
     """
+    from compileclip import passes
+
+    passes.disabled_passes()
     kwargs.setdefault("backend", "compileclip")
     ways = _Ways(train_step, kwargs.pop("fullgraph", False), kwargs)
 

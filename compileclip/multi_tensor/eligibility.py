@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from compileclip import passes
 from compileclip.buckets.bucket_step import BucketStep
 from compileclip.buckets.grouping import overlap
 from compileclip.buckets.step_plan import Plan
@@ -29,7 +30,14 @@ MOST_LOOKS = 1024
 def why_not_planned(
     optimizer: Optimizer, settings: ClipSettings, params: Sequence[Tensor]
 ) -> str | None:
-    """Why ``params``, which have gradients, are not to be sorted into buckets."""
+    """Why ``params``, which have gradients, are not to be sorted into buckets.
+
+    Raises:
+        ValueError: ``COMPILECLIP_DISABLE_PASSES`` names no pass.
+    """
+    left_out: str | None = passes.why_not_inserted()
+    if left_out is not None:
+        return left_out
     devices = dict.fromkeys(p.device for p in params)
     reasons = filter(None, map(why_no_kernels, devices))
     for reason in reasons:

@@ -7,15 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from optimizer_registry import makers
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
 
 import compileclip
 
-MAKERS: dict[str, Callable[..., Optimizer]] = {
-    "AdamW": lambda p, **kw: AdamW(p, lr=0.1, **kw),
-    "SGD": lambda p, **kw: SGD(p, lr=0.1, momentum=0.9, **kw),
-}
+MAKERS = makers(["AdamW", "SGD, momentum"], lr=0.1)
 
 
 def transposed(tensor: Tensor) -> Tensor:

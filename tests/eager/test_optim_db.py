@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same, assert_same_optimizer, params_like, same
+from optimizer_registry import OPTIMIZERS, info_of, torch_inputs
 from torch import Tensor
 from torch.nn import utils
 from torch.optim import Optimizer
-from torch.testing._internal.common_optimizers import optim_db
 
 import compileclip
 
@@ -29,15 +29,12 @@ MATRICES = ((3, 4), (5, 2), (2, 6))  # Muon takes nothing else
 
 
 def _cases() -> Iterator[Any]:
-    for info in optim_db:
-        if info.step_requires_closure:
-            continue  # LBFGS, which wrap() refuses
+    for info, given, name in torch_inputs():
         impls = ["foreach"] if "foreach" in info.supported_impls else []
         impls += ["fused"] if "cpu" in info.supports_fused_on else []
-        for i, given in enumerate(info.optim_inputs_func(device="cpu")):
-            for impl in (None, *impls):
-                kwargs = dict(given.kwargs) | ({impl: True} if impl else {})
-                yield pytest.param(info, kwargs, id=f"{info.name}-{i}-{impl}")
+        for impl in (None, *impls):
+            kwargs = given | ({impl: True} if impl else {})
+            yield pytest.param(info, kwargs, id=f"{name}-{impl}")
 
 
 CASES = list(_cases())
@@ -193,7 +190,7 @@ def test_dividing_differs_from_multiplying_by_rounding_only(info: Any, kwargs: A
 
 @pytest.mark.parametrize("name", ["SGD", "Adagrad"])
 def test_sparse_gradients_of_optimizers_that_also_take_dense_ones(name: str) -> None:
-    info = next(i for i in optim_db if i.name == name)
+    info = info_of(OPTIMIZERS[name])
 
     class Sparse:
         only_supports_sparse_grads = True

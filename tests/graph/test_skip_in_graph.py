@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import flat_state
-from test_training_step import OPTIMIZERS, Training, counting
+from test_training_step import MAKERS, Training, counting
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.torch_version import TorchVersion
@@ -19,7 +19,7 @@ from compileclip import fallback
 from compileclip.fallback import FallbackWarning
 from compileclip.graph import backend
 
-CASES: list[tuple[str, bool | None]] = [(name, None) for name in OPTIMIZERS]
+CASES: list[tuple[str, bool | None]] = [(name, None) for name in MAKERS]
 CASES += [("AdamW", True), ("AdamW", False), ("SGD", True), ("SGD", False)]
 BAD = {0: math.nan, 3: math.inf}  # the first step too, before there is state
 
@@ -75,9 +75,9 @@ def compare(ours: Training, theirs: Training, step: Callable[[Tensor], Tensor]) 
 @pytest.mark.parametrize(("name", "write_grads"), CASES)
 def test_in_a_training_step(name: str, write_grads: bool | None) -> None:
     options: dict[str, Any] = {"nonfinite": "skip", "write_grads": write_grads}
-    ours, theirs = (Training(OPTIMIZERS[name], **options) for _ in range(2))
+    ours, theirs = (Training(MAKERS[name], **options) for _ in range(2))
     step = torch.compile(keeping_gradients(ours), backend=counting([]), fullgraph=True)
-    momentum = name == "SGD momentum"
+    momentum = name == "SGD, Nesterov"
     if momentum:  # it makes its buffer in the first step that counts
         keeping_gradients(ours)(torch.ones(3, 4))
         keeping_gradients(theirs)(torch.ones(3, 4))
@@ -92,8 +92,8 @@ def test_in_a_compiled_step(
 ) -> None:
     monkeypatch.setattr(backend, "compileclip", counting(graphs := []))
     options: dict[str, Any] = {"nonfinite": "skip", "write_grads": write_grads}
-    ours = Training(OPTIMIZERS[name], mode="inductor", **options)
-    theirs = Training(OPTIMIZERS[name], mode="eager", **options)
+    ours = Training(MAKERS[name], mode="inductor", **options)
+    theirs = Training(MAKERS[name], mode="eager", **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error", FallbackWarning)
         compare(ours, theirs, keeping_gradients(ours))
@@ -104,7 +104,7 @@ def test_in_a_compiled_step(
 
 def test_momentum_that_the_step_makes_breaks_the_graph_and_says_why() -> None:
     options: dict[str, Any] = {"nonfinite": "skip", "write_grads": True}
-    ours, theirs = (Training(OPTIMIZERS["SGD momentum"], **options) for _ in range(2))
+    ours, theirs = (Training(MAKERS["SGD, Nesterov"], **options) for _ in range(2))
     from compileclip import compile as compile_step
 
     step = compile_step(keeping_gradients(ours), backend=counting([]))

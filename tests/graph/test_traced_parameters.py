@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import flat_state
-from test_training_step import OPTIMIZERS, counting
+from test_training_step import MAKERS, counting
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -35,7 +35,7 @@ class Run:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Tanh(), nn.Linear(6, 2, False))
         self.params = list(self.model.parameters())
-        base = OPTIMIZERS[name](self.params)
+        base = MAKERS[name](self.params)
         self.optimizer = compileclip.wrap(base, 0.1, write_grads=True, **options)
         self.eager = self.step = layout(self)
 
@@ -163,7 +163,7 @@ LAYOUTS = [
 
 
 @pytest.mark.usefixtures("one_graph")
-@pytest.mark.parametrize("name", ["AdamW", "SGD momentum"])
+@pytest.mark.parametrize("name", ["AdamW", "SGD, Nesterov"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 def test_gradients_of_eager(layout: Callable[[Run], Step], name: str) -> None:
     ours, theirs = (Run(layout, name) for _ in range(2))

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from optimizer_registry import maker, names
 from test_multi_tensor import INPUTS
 from test_optim_db import give_gradients, make
 from torch.optim import Optimizer
@@ -62,14 +63,13 @@ def captured(optimizer: Optimizer) -> Program:
     return found[0]
 
 
-# ASGD and Rprop make tensors on the way, for which torch has to be built with CUDA.
-CAPTURABLE = ["Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adamax", "Adadelta"]
+CAPTURABLE = names(lambda entry: entry.capturable and entry.is_plain and not entry.needs)
 
 
 def program_on_a_gpu(name: str, dtype: torch.dtype) -> Program:
     """That of an optimizer whose step counts stay on a GPU, which also decides and unscales."""
     params = [torch.nn.Parameter(torch.ones(3, dtype=dtype))]
-    optimizer = getattr(torch.optim, name)(params, lr=0.01)
+    optimizer = maker(name, lr=0.01)(params)
     params[0].grad = torch.ones_like(params[0])
     optimizer.step()
     state = optimizer.state[params[0]]

@@ -5,6 +5,7 @@ In the interpreter torch's optimizers are told that a CPU is as good, and powers
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import warnings
@@ -17,6 +18,7 @@ import pytest
 import torch
 import triton.language as tl
 from helpers import clone_params, flat_state, params_like, set_grads
+from optimizer_registry import MODULES, OPTIMIZERS, names
 from test_optim_db import all_params
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -29,8 +31,7 @@ from compileclip.fallback import FallbackWarning
 from compileclip.lowering import targets
 
 SHAPES = [(3, 4), (5,), (3, 400), (1,)]
-NAMES = ["Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adamax", "Adadelta", "ASGD", "Rprop"]
-MODULES = [f"torch.optim.{name.lower()}" for name in NAMES]
+CAPTURABLE = names(lambda entry: entry.capturable and entry.is_plain)
 # In the interpreter, without fused multiply-adds, of values up to about 4; observed: 2.4e-7. On a
 # GPU, where step counts stay there and their powers are another libdevice's; not observed yet.
 CLOSE = 1e-6
@@ -94,7 +95,7 @@ def no_wait(opt: Any) -> Iterator[None]:
 
 
 def maker(name: str, **options: Any) -> Callable[[Any], Optimizer]:
-    return lambda p: getattr(torch.optim, name)(p, lr=0.01, foreach=False, **options)
+    return functools.partial(OPTIMIZERS[name].make, **{"lr": 0.01, "foreach": False, **options})
 
 
 def twins(make: Callable[[Any], Optimizer], device: str, **options: Any) -> tuple[Any, Any]:

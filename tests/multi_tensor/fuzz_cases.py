@@ -3,48 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from optimizer_registry import makers, names
 from torch import Tensor, nn
-from torch.optim import (
-    ASGD,
-    SGD,
-    Adadelta,
-    Adagrad,
-    Adam,
-    Adamax,
-    AdamW,
-    NAdam,
-    Optimizer,
-    RAdam,
-    RMSprop,
-    Rprop,
-)
+from torch.optim import Adagrad, Optimizer
 from torch.torch_version import TorchVersion
 
-# Whether it takes roots, and how it is made of groups.
-MAKERS: dict[str, tuple[bool, Callable[..., Optimizer]]] = {
-    "SGD": (False, lambda ps: SGD(ps, lr=0.1, weight_decay=0.01, maximize=True, foreach=False)),
-    "momentum": (
-        False,
-        lambda ps: SGD(ps, 0.1, 0.9, weight_decay=0.01, nesterov=True, foreach=False),
-    ),
-    "dampening": (False, lambda ps: SGD(ps, lr=0.1, momentum=0.9, dampening=0.5, foreach=False)),
-    "Adamax": (False, lambda ps: Adamax(ps, lr=0.1, weight_decay=0.01, foreach=False)),
-    "Rprop": (False, lambda ps: Rprop(ps, lr=0.1, foreach=False)),
-    "Adam": (True, lambda ps: Adam(ps, lr=0.1, weight_decay=0.01, foreach=False)),
-    "AdamW": (True, lambda ps: AdamW(ps, lr=0.1, foreach=False)),
-    "amsgrad": (True, lambda ps: AdamW(ps, lr=0.1, amsgrad=True, maximize=True, foreach=False)),
-    "NAdam": (True, lambda ps: NAdam(ps, lr=0.1, decoupled_weight_decay=True, foreach=False)),
-    "RAdam": (True, lambda ps: RAdam(ps, lr=0.1, weight_decay=0.01, foreach=False)),
-    "RMSprop": (True, lambda ps: RMSprop(ps, lr=0.1, momentum=0.9, centered=True, foreach=False)),
-    "Adagrad": (True, lambda ps: Adagrad(ps, lr=0.1, lr_decay=0.1, foreach=False)),
-    "Adadelta": (True, lambda ps: Adadelta(ps, lr=0.1, weight_decay=0.01, foreach=False)),
-    "ASGD": (False, lambda ps: ASGD(ps, lr=0.1, lambd=0.01, t0=1, foreach=False)),
-}
+MAKERS = makers(names(lambda entry: entry.is_served), lr=0.1, foreach=False)
 EXACT = (torch.float32, torch.float64)
 DTYPES = (*EXACT * 4, torch.bfloat16, torch.float16)
 shapes = st.lists(st.integers(0, 9), min_size=0, max_size=4).map(tuple) | st.sampled_from(
@@ -102,7 +70,7 @@ class Model:
         if self.overlap and params[0].dim() and params[0].numel():
             params.append(nn.Parameter(params[0].data[:1]))
         groups = [{"params": params[: self.split], "lr": 0.2}, {"params": params[self.split :]}]
-        return MAKERS[self.name][1](groups)
+        return MAKERS[self.name](groups)
 
 
 def happen(event: str, which: int, opt: Optimizer, other: Optimizer, seed: int) -> None:

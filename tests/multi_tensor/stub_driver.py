@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import triton
+from optimizer_registry import MODULES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -30,8 +31,6 @@ from compileclip.multi_tensor import kernel_cache
 from compileclip.native import native_build
 
 STREAM = 0x5EED
-NAMES = ["Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adamax", "Adadelta", "ASGD", "Rprop", "SGD"]
-MODULES = [f"torch.optim.{name.lower()}" for name in [*NAMES, "Adagrad"]]
 SIZES = {"i32": 4, "i64": 8, "fp64": 8}
 MOST_ARGUMENTS = 288
 KERNELS: dict[int, tuple[str, tuple[str, ...]]] = {}  # name and types of each, by its handle

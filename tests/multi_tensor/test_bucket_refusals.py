@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same, clone_params, flat_state, params_like, same, set_grads
+from optimizer_registry import maker
 from test_multi_tensor import ExactSqrt
 from test_optim_db import all_params
 from torch import Tensor, nn
@@ -195,7 +196,7 @@ def test_an_error_of_eager_mode_leaves_the_others_as_they_were(name: str, first:
     """Torch raises for a sparse gradient before it steps with any parameter."""
     given = params_like([(5, 3)] * 3)
     ours, theirs = (
-        compileclip.wrap(getattr(torch.optim, name)(params), 1.0, mode=mode)
+        compileclip.wrap(maker(name)(params), 1.0, mode=mode)
         for mode, params in (("auto", given), ("eager", clone_params(given)))
     )
     for step in range(4):

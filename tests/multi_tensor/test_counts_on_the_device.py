@@ -8,27 +8,27 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from helpers import clone_params, set_grads
+from optimizer_registry import OPTIMIZERS
 from test_optim_db import all_params, grads_of
 from torch import nn
-from torch.optim import SGD, Adagrad, AdamW, Optimizer
+from torch.optim import AdamW, Optimizer
 
 import compileclip
 
 pytest.importorskip("triton")
-from device_steps import NAMES, check, give, maker, no_fallback, no_wait, on_the_device, twins
+from device_steps import CAPTURABLE, check, give, maker, no_fallback, no_wait, on_the_device, twins
 from triton_runs import device, passed_in_the_interpreter
 
 __all__ = ["device", "on_the_device"]  # fixtures
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CAPTURABLE)
 def test_capturable_and_steps_that_do_not_count(name: str, bad: float, device: str) -> None:
     ours, theirs = twins(maker(name, capturable=True), device, nonfinite="skip")
     for seed in range(9):
@@ -49,16 +49,14 @@ def test_capturable_and_steps_that_do_not_count(name: str, bad: float, device: s
     assert steps == [7] * len(steps)
 
 
-@pytest.mark.parametrize("name", ["AdamW", "RAdam", "SGD", "SGD, momentum", "Adagrad"])
+@pytest.mark.parametrize(
+    "name", ["AdamW", "RAdam", "SGD, maximize", "SGD, Nesterov", "Adagrad, decay"]
+)
 def test_skip_without_capturable(name: str, device: str) -> None:
     """Counts go to the device where they can; where there are none, a kernel decides as well."""
-    makers: dict[str, Callable[[Any], Optimizer]] = {
-        "SGD": lambda p: SGD(p, lr=0.1, weight_decay=0.1, foreach=False),
-        "SGD, momentum": lambda p: SGD(p, lr=0.1, momentum=0.9, nesterov=True, foreach=False),
-        "Adagrad": lambda p: Adagrad(p, lr=0.1, lr_decay=0.1, foreach=False),
-    }
-    decides = name != "Adagrad"  # its step asks for the count as a number
-    ours, theirs = twins(makers.get(name) or maker(name), device, nonfinite="skip")
+    decides = OPTIMIZERS[name].decides
+    lr = 0.01 if OPTIMIZERS[name].capturable else 0.1
+    ours, theirs = twins(maker(name, lr=lr), device, nonfinite="skip")
     for seed in range(8):
         give((ours, theirs), seed, math.nan if seed in (0, 3) else None)
         with no_fallback():
@@ -206,7 +204,7 @@ def test_grad_scaler(name: str, write_grads: bool | None, device: str) -> None:
             p.grad.mul_(math.inf if overflow else scale)
         ours.grad_scale, ours.found_inf = scale, finite + overflow
         with no_fallback():
-            if seed > 3 and name != "Adagrad":
+            if seed > 3 and OPTIMIZERS[name].decides:
                 with no_wait(ours):
                     ours.step()
             else:
@@ -218,7 +216,7 @@ def test_grad_scaler(name: str, write_grads: bool | None, device: str) -> None:
         if write_grads:
             for a, b in zip(grads_of(ours), grads_of(theirs), strict=True):
                 torch.testing.assert_close(a, b, rtol=1.2e-7, atol=0)
-    assert ours._modes.kernels.decides == (name != "Adagrad")
+    assert ours._modes.kernels.decides == OPTIMIZERS[name].decides
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ from fuzz_cases import EVENTS, EXACT, GRAD_LAYOUTS, MAKERS, Model, give_gradient
 from helpers import assert_same, flat_state, same
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from optimizer_registry import OPTIMIZERS
 from test_multi_tensor import ExactSqrt
 from test_optim_db import all_params
 from torch import Tensor
@@ -93,7 +94,11 @@ class Twins:
             warnings.simplefilter("ignore", compileclip.FallbackWarning)
             self.ours.step()
         kernels = self.ours._modes.kernels
-        if kernels is not None and kernels.why_not is not None and MAKERS[self.model.name][0]:
+        if (
+            kernels is not None
+            and kernels.why_not is not None
+            and OPTIMIZERS[self.model.name].roots
+        ):
             # 0-dim roots are eager's on both sides.
             self.rough |= not kernels.refused or any(p.dim() for p, _ in kernels.refused)
         with ExactSqrt():
@@ -167,7 +172,7 @@ def test_what_is_not_finite_leaves_the_bound_of_the_rest() -> None:
 
 def test_every_maker_is_served() -> None:
     """So that it is kernels that are fuzzed."""
-    for _, make in MAKERS.values():
+    for make in MAKERS.values():
         p = torch.nn.Parameter(torch.randn(5))
         p.grad = torch.randn(5)
         opt = compileclip.wrap(make([p]), 1.0, mode="multi_tensor")

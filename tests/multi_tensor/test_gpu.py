@@ -4,37 +4,36 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from helpers import assert_same, assert_same_optimizer, params_like, same, set_grads
+from optimizer_registry import OPTIMIZERS, maker, makers
 from torch import Tensor, nn
-from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
-from torch.testing._internal.common_optimizers import optim_db
+from torch.optim import AdamW, Optimizer
 
 import compileclip
 
 pytestmark = pytest.mark.gpu
 
-# torch 2.11 has no CUDA kernel for Adagrad.
-adagrad = next(info for info in optim_db if info.optim_cls is Adagrad)
-FUSED = ["adamw_fused", "sgd_momentum_fused"]
-FUSED += ["adagrad_fused"] if "cuda" in adagrad.supports_fused_on else []
 SHAPES = [(64, 33), (7,), (), (1000, 130), (5, 4, 3)]
-OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
-    "adamw": lambda p: AdamW(p, lr=0.01),
-    "adamw_forloop": lambda p: AdamW(p, lr=0.01, foreach=False),
-    "sgd_momentum_forloop": lambda p: SGD(p, lr=0.01, momentum=0.9, foreach=False),
-    "adamw_fused": lambda p: AdamW(p, lr=0.01, fused=True),
-    "adam_capturable": lambda p: Adam(p, lr=0.01, capturable=True),
-    "adagrad_fused": lambda p: Adagrad(p, lr=0.01, fused=True),
-    "sgd_momentum": lambda p: SGD(p, lr=0.01, momentum=0.9),
-    "sgd_momentum_fused": lambda p: SGD(p, lr=0.01, momentum=0.9, fused=True),
-    "rmsprop_forloop": lambda p: RMSprop(p, lr=0.01, foreach=False),
+# torch 2.11 has no CUDA kernel for Adagrad.
+FUSED = makers(
+    [n for n in ("AdamW", "SGD, momentum", "Adagrad") if OPTIMIZERS[n].is_fused_on("cuda")],
+    lr=0.01,
+    fused=True,
+)
+FOR_LOOP = {
+    f"{name}, for-loop": maker(name, lr=0.01, foreach=False)
+    for name in ("AdamW", "SGD, momentum", "RMSprop")
 }
-NAMES = [name for name in OPTIMIZERS if name in FUSED or not name.endswith("_fused")]
+MAKERS = {
+    **makers(["AdamW", "SGD, momentum"], lr=0.01),
+    **makers(["Adam"], lr=0.01, capturable=True),
+    **FOR_LOOP,
+    **FUSED,
+}
 
 
 def cuda_params(dtype: torch.dtype = torch.float32) -> list[Any]:
@@ -83,11 +82,11 @@ def test_scale_is_applied_in_float32_and_rounded_once(
 
 
 @pytest.mark.parametrize("write_grads", [None, True, False])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MAKERS)
 def test_wrapped_against_clip_and_step(name: str, write_grads: bool | None) -> None:
     """Kernels round as torch's for-loop does; its foreach and fused kernels round otherwise."""
-    ours = compileclip.wrap(OPTIMIZERS[name](cuda_params()), 1.0, write_grads=write_grads)
-    theirs = OPTIMIZERS[name](cuda_params())
+    ours = compileclip.wrap(MAKERS[name](cuda_params()), 1.0, write_grads=write_grads)
+    theirs = MAKERS[name](cuda_params())
     for step in range(6):
         ours.max_norm = max_norm = 1e4 if step in (1, 2) else 0.1
         for opt in (ours, theirs):
@@ -101,7 +100,7 @@ def test_wrapped_against_clip_and_step(name: str, write_grads: bool | None) -> N
             pairs = zip(*(o.param_groups[0]["params"] for o in (ours, theirs)), strict=True)
             # That of the 0-dim parameter, which eager steps, a fused kernel divides.
             assert all(same(a.grad, b.grad) for a, b in pairs if a.dim())
-    if name.endswith("_forloop"):
+    if name in FOR_LOOP:
         assert_same_optimizer(ours, theirs)
     else:
         pairs = zip(*(o.param_groups[0]["params"] for o in (ours, theirs)), strict=True)
@@ -115,7 +114,7 @@ def test_wrapped_against_clip_and_step(name: str, write_grads: bool | None) -> N
 @pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_skip_without_a_sync(name: str, bad: float) -> None:
-    opt = compileclip.wrap(OPTIMIZERS[name](cuda_params()), 0.1, nonfinite="skip")
+    opt = compileclip.wrap(MAKERS[name](cuda_params()), 0.1, nonfinite="skip")
     params = opt.param_groups[0]["params"]
     set_grads(params, 0)
     opt.step()  # the first step makes the state, and may wait
@@ -133,9 +132,9 @@ def test_skip_without_a_sync(name: str, bad: float) -> None:
 
 
 @pytest.mark.parametrize("write_grads", [None, True, False])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MAKERS)
 def test_no_synchronization_in_a_step(name: str, write_grads: bool | None) -> None:
-    opt = compileclip.wrap(OPTIMIZERS[name](cuda_params()), 0.1, write_grads=write_grads)
+    opt = compileclip.wrap(MAKERS[name](cuda_params()), 0.1, write_grads=write_grads)
     params = opt.param_groups[0]["params"]
     for step in range(3):
         set_grads(params, step)
@@ -147,12 +146,12 @@ def test_no_synchronization_in_a_step(name: str, write_grads: bool | None) -> No
 
 
 @pytest.mark.parametrize("unscale", [False, True])
-@pytest.mark.parametrize("name", ["adamw_forloop", "adamw", "adamw_fused"])
+@pytest.mark.parametrize("name", ["AdamW, for-loop", "AdamW", "AdamW, fused"])
 def test_grad_scaler(name: str, unscale: bool) -> None:
     """The same scaled gradients for both; one overflows, and the scale grows."""
 
     def run(wrapped: bool) -> tuple[Optimizer, list[float]]:
-        opt = OPTIMIZERS[name](params := cuda_params())
+        opt = MAKERS[name](params := cuda_params())
         opt = compileclip.wrap(opt, 0.5) if wrapped else opt
         scaler = torch.amp.GradScaler("cuda", init_scale=2.0**12, growth_interval=2)
         scales = []

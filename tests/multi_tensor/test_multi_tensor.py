@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_same, clone_params, flat_state, params_like, same, set_grads
+from optimizer_registry import for_loop, is_served, torch_inputs
 from test_optim_db import all_params, give_gradients, grads_of, make
 from torch import Tensor
-from torch.testing._internal.common_optimizers import optim_db
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import compileclip
@@ -19,14 +19,7 @@ from compileclip import fallback
 from compileclip.fallback import FallbackWarning
 
 STEPS = 20
-INPUTS = [
-    pytest.param(info, dict(given.kwargs), id=f"{info.name}-{i}")
-    for info in optim_db
-    if not info.step_requires_closure
-    and not info.only_supports_sparse_grads
-    and info.name not in ("Adafactor", "Muon")  # they reduce and multiply matrices
-    for i, given in enumerate(info.optim_inputs_func(device="cpu"))
-]
+INPUTS = [pytest.param(info, kwargs, id=name) for info, kwargs, name in torch_inputs(is_served)]
 
 
 @pytest.fixture(autouse=True)
@@ -52,8 +45,7 @@ def rounded_sqrt(x: Tensor) -> Tensor:
 
 
 def pair(info: Any, kwargs: Any, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
-    loop = {"foreach": False} if "foreach" in info.optim_cls.__init__.__code__.co_varnames else {}
-    kwargs = {**kwargs, **loop}
+    kwargs = {**kwargs, **for_loop(info.optim_cls)}
     ours = compileclip.wrap(make(info, kwargs, dtype), 1.0, mode="multi_tensor", **options)
     eager = {"write_grads": False, **options}
     return ours, compileclip.wrap(make(info, kwargs, dtype), 1.0, mode="eager", **eager)
@@ -61,8 +53,8 @@ def pair(info: Any, kwargs: Any, dtype: torch.dtype, **options: Any) -> tuple[An
 
 def whole_vectors(info: Any, kwargs: Any, dtype: torch.dtype) -> list[Any]:
     params = params_like([(64, 32), (128,), (7, 64)], dtype)
-    loop = {"foreach": False} if "foreach" in info.optim_cls.__init__.__code__.co_varnames else {}
-    return [info.optim_cls(ps, **{**kwargs, **loop}) for ps in (params, clone_params(params))]
+    kwargs = {**kwargs, **for_loop(info.optim_cls)}
+    return [info.optim_cls(ps, **kwargs) for ps in (params, clone_params(params))]
 
 
 def step_both(info: Any, ours: Any, theirs: Any, step: int) -> None:

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import clone_params, flat_state, params_like, set_grads
+from optimizer_registry import OPTIMIZERS, maker, makers
 from test_optim_db import all_params, grads_of
 from torch import Tensor, nn
-from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
+from torch.optim import Optimizer
 
 import compileclip
 from compileclip.fallback import FallbackWarning
@@ -29,15 +30,11 @@ from triton_runs import INTERPRETED, device, passed_in_the_interpreter
 
 __all__ = ["device"]  # a fixture
 SHAPES = [(3, 4), (5,), (2, 3, 2), (17, 300), (0,), (1,)]
-MAKERS: dict[str, Callable[[Any], Optimizer]] = {
-    "SGD": lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True),
-    "AdamW": lambda p: AdamW(p, lr=0.01, foreach=False),
-    "Adam, amsgrad": lambda p: Adam(p, lr=0.01, amsgrad=True, weight_decay=0.1, foreach=False),
-    "RMSprop": lambda p: RMSprop(p, lr=0.01, momentum=0.5, centered=True, foreach=False),
-    "NAdam": lambda p: NAdam(p, lr=0.01, foreach=False),
-    "RAdam": lambda p: RAdam(p, lr=0.01, foreach=False),
-    "Adagrad": lambda p: Adagrad(p, lr=0.01, foreach=False),
-}
+MAKERS = makers(["SGD, Nesterov"], lr=0.1) | makers(
+    ["AdamW", "Adam, amsgrad", "RMSprop, centered", "NAdam", "RAdam", "Adagrad"],
+    lr=0.01,
+    foreach=False,
+)
 # Of values up to about 4 in the interpreter; on a GPU nothing is to differ.
 CLOSE = 1e-5
 DTYPES = [torch.float32, pytest.param(torch.float64, marks=pytest.mark.gpu)]
@@ -85,13 +82,13 @@ def test_eight_steps(name: str, dtype: torch.dtype, device: str) -> None:
         theirs.step()
         check(ours, theirs)
         assert all(torch.equal(g, b) for g, b in zip(grads_of(ours), before, strict=True))
-    assert ours._modes.kernels.compilations == (2 if name in ("RAdam", "SGD") else 1)
+    assert ours._modes.kernels.compilations == OPTIMIZERS[name].programs
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 3.0, math.inf])
 def test_settings_and_gradients_that_come_and_go(norm_type: float, device: str) -> None:
     ours, theirs = twins(
-        MAKERS["SGD"], device, torch.float32, write_grads=True, norm_type=norm_type
+        MAKERS["SGD, Nesterov"], device, torch.float32, write_grads=True, norm_type=norm_type
     )
     for seed in range(5):
         for opt in (ours, theirs):
@@ -112,7 +109,7 @@ def test_settings_and_gradients_that_come_and_go(norm_type: float, device: str) 
 
 def test_step_counts_on_the_device(device: str) -> None:
     """As fused optimizers keep them: told to the device, and asked of it only for a plan."""
-    ours, theirs = twins(lambda p: AdamW(p, lr=0.01, fused=True), device, torch.float32)
+    ours, theirs = twins(maker("AdamW", lr=0.01, fused=True), device, torch.float32)
     for seed in range(4):
         for opt in (ours, theirs):
             set_grads(all_params(opt), seed)
@@ -162,7 +159,7 @@ def served(make: Callable[[Any], Optimizer], tensors: int = 4) -> Any:
     return opt
 
 
-FUSED = {"AdamW, fused": lambda p: AdamW(p, lr=0.01, fused=True)}
+FUSED = makers(["AdamW"], lr=0.01, fused=True)
 
 
 @pytest.mark.gpu
@@ -198,7 +195,7 @@ def test_a_kernel_that_cannot_be_compiled_is_refused(
         raise RuntimeError("ptxas is missing")
 
     monkeypatch.setattr(triton_kernel.Kernel, "__call__", fail)
-    ours, theirs = twins(MAKERS["SGD"], device, torch.float32)
+    ours, theirs = twins(MAKERS["SGD, Nesterov"], device, torch.float32)
     for opt in (ours, theirs):
         set_grads(all_params(opt), 1)
     with pytest.warns(FallbackWarning, match="first run failed: ptxas is missing"):

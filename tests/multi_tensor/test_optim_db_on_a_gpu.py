@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import clone_params, flat_state, params_like, same, set_grads
+from optimizer_registry import for_loop, is_served, tensors_in, torch_inputs
 from test_multi_tensor import units_apart
 from test_optim_db import all_params, grads_of
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.testing._internal.common_optimizers import optim_db
 
 import compileclip
 from compileclip.fallback import FallbackWarning
@@ -22,21 +22,12 @@ pytestmark = pytest.mark.gpu
 STEPS = 8
 
 
-def _flat(kwargs: dict[str, Any]) -> list[Any]:
-    values = [v if isinstance(v, tuple) else (v,) for v in kwargs.values()]
-    return [each for value in values for each in value]
-
-
 SHAPES = [(64, 33), (7,), (1030,), (5, 4, 3), (1,)]
 INPUTS = [
-    pytest.param(info, dict(given.kwargs), id=f"{info.name}-{i}")
-    for info in optim_db
-    if not info.step_requires_closure
-    and not info.only_supports_sparse_grads
-    and info.name not in ("Adafactor", "Muon")  # they reduce and multiply matrices
-    for i, given in enumerate(info.optim_inputs_func(device="cuda"))
+    pytest.param(info, kwargs, id=name)
+    for info, kwargs, name in torch_inputs(is_served, "cuda")
     # Numbers on the host beside counts on the device are not served.
-    if not (given.kwargs.get("capturable") and any(map(torch.is_tensor, _flat(given.kwargs))))
+    if not (kwargs.get("capturable") and tensors_in(kwargs))
 ]
 # Where step counts stay on the device they are float32, and so are the powers of betas: those of
 # Triton's libdevice, and torch's of its CUDA version. Relative to 1 + |value|; observed: 8e-8.
@@ -45,8 +36,7 @@ POWERS = 1e-6
 
 def twins(info: Any, kwargs: Any, dtype: torch.dtype) -> tuple[Any, Any]:
     params = [nn.Parameter(p.detach().cuda()) for p in params_like(SHAPES, dtype)]
-    takes_foreach = "foreach" in info.optim_cls.__init__.__code__.co_varnames
-    kwargs = {**kwargs, **({"foreach": False} if takes_foreach else {})}
+    kwargs = {**kwargs, **for_loop(info.optim_cls)}
 
     def make(ps: list[Any]) -> Optimizer:
         own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()}

@@ -4,38 +4,34 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from helpers import assert_same_optimizer, clone_params, params_like, same, set_grads
+from optimizer_registry import maker
 from test_optim_db import all_params
 from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
 
 import compileclip
 from compileclip.fallback import FallbackWarning
 
 pytestmark = pytest.mark.gpu
 SHAPES = [(64, 33), (7,), (1030,), (5, 4, 3)]
-MAKERS: dict[str, Callable[[Any], Optimizer]] = {
-    "SGD": lambda p: SGD(p, lr=0.1, momentum=0.9, foreach=False),
-    "AdamW": lambda p: AdamW(p, lr=0.01, foreach=False),
-}
 
 
 def twins(name: str, **options: Any) -> tuple[Any, Any]:
     params = [nn.Parameter(p.detach().cuda()) for p in params_like(SHAPES)]
     params += params_like(SHAPES)
-    ours = compileclip.wrap(MAKERS[name](params), 1.0, **options)
+    make = maker(name, lr=0.1 if name.startswith("SGD") else 0.01, foreach=False)
+    ours = compileclip.wrap(make(params), 1.0, **options)
     options = {"write_grads": False, **options, "mode": "eager"}
-    return ours, compileclip.wrap(MAKERS[name](clone_params(params)), 1.0, **options)
+    return ours, compileclip.wrap(make(clone_params(params)), 1.0, **options)
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
 def test_one_norm_and_kernels_on_each(nonfinite: str) -> None:
-    ours, theirs = twins("SGD", nonfinite=nonfinite)
+    ours, theirs = twins("SGD, momentum", nonfinite=nonfinite)
     for seed in range(6):
         for opt in (ours, theirs):
             set_grads(all_params(opt), seed, scale=0.1 if seed % 2 else 10)

@@ -13,20 +13,16 @@ from typing import Any
 import pytest
 import torch
 from helpers import flat_state, params_like, same
+from optimizer_registry import makers
 from torch import nn
 
 import compileclip
 from compileclip.fallback import FallbackWarning
 
 SHAPES = [(3, 4), (5,), (1,), (0, 2), (2, 3, 2), (70, 30)]
-OPTIMIZERS: dict[str, Any] = {
-    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
-    "SGD": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),
-    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.01, weight_decay=0.1),
-    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01, lr_decay=0.1),
-    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.01),
-    "ASGD": lambda p: torch.optim.ASGD(p, lr=0.01),
-}
+OPTIMIZERS = makers(
+    ["AdamW", "SGD, Nesterov", "RAdam, decay", "Adagrad, decay", "NAdam", "ASGD"], lr=0.01
+)
 
 
 class Life:

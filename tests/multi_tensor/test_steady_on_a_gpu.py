@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import clone_params, flat_state, params_like, same
+from optimizer_registry import makers
 from test_optim_db import all_params
 from torch import nn
 
@@ -20,22 +21,16 @@ from compileclip.native import native_foreach
 pytestmark = pytest.mark.gpu
 
 SHAPES = [(37, 5), (1000,), (3,), (70, 300)] * 3
-OPTIMIZERS: dict[str, Any] = {
-    "AdamW": {},
-    "AdamW capturable": {"capturable": True},
-    "RAdam": {},
-    "SGD": {"momentum": 0.9},
-    "NAdam": {},
-    "Adagrad": {},
+MAKERS = {
+    **makers(["AdamW", "RAdam", "SGD, momentum", "NAdam", "Adagrad"], lr=0.01),
+    **makers(["AdamW"], lr=0.01, capturable=True),
 }
 
 
 def twins(name: str, **options: Any) -> tuple[Any, Any]:
-    make = getattr(torch.optim, name.split()[0])
-    kwargs = {"lr": 0.01, **OPTIMIZERS[name]}
     params = [nn.Parameter(p.detach().cuda()) for p in params_like(SHAPES)]
     both = [
-        make([{"params": p[:4]}, {"params": p[4:], "lr": 0.02}], **kwargs)
+        MAKERS[name]([{"params": p[:4]}, {"params": p[4:], "lr": 0.02}])
         for p in (params, clone_params(params))
     ]
     ours, theirs = (compileclip.wrap(o, 1.0, mode="multi_tensor", **options) for o in both)
@@ -76,7 +71,7 @@ def assert_alike(ours: Any, theirs: Any) -> None:
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.parametrize("name", MAKERS)
 def test_as_by_tritons_launcher(name: str, nonfinite: str) -> None:
     decides = name != "Adagrad" or nonfinite == "propagate"  # its step asks for its count
     ours, theirs = twins(name, nonfinite=nonfinite)
@@ -110,7 +105,7 @@ def test_a_step_on_another_stream() -> None:
 
 def test_between_replays_of_a_graph() -> None:
     """Both write the gradients' addresses to where kernels find them."""
-    ours, theirs = twins("AdamW capturable")
+    ours, theirs = twins("AdamW, capturable")
     for seed in range(4):
         give((ours, theirs), seed)
         ours.step()
@@ -159,7 +154,7 @@ def test_nothing_waits_and_little_is_launched() -> None:
 
 
 def test_two_threads() -> None:
-    pairs = [twins("AdamW"), twins("SGD")]
+    pairs = [twins("AdamW"), twins("SGD, momentum")]
 
     def run(ours: Any, theirs: Any) -> None:
         with torch.cuda.stream(torch.cuda.Stream()):

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from optimizer_registry import OPTIMIZERS, is_served, tensors_in, torch_inputs
 from torch import Tensor
-from torch.testing._internal.common_optimizers import optim_db
 
 from compileclip.lowering import targets
 
@@ -19,28 +19,19 @@ from stub_steps import SCALED, all_params, give, is_quick, opt, steps, stub, wra
 
 __all__ = ["opt", "stub"]  # fixtures
 
-NOT_POINTWISE = ("Adafactor", "Muon", "SparseAdam")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
 
 
 def _configurations() -> Iterator[Any]:
-    for info in optim_db:
-        if info.step_requires_closure or info.optim_cls.__name__ in NOT_POINTWISE:
-            continue
-        for i, given in enumerate(info.optim_inputs_func(device="cpu")):
-            for extra in ({}, {"capturable": True}):
-                names = info.optim_cls.__init__.__code__.co_varnames
-                kwargs = {**given.kwargs, **extra}
-                tensors = [v for v in _flat(kwargs) if isinstance(v, Tensor)]
-                if not tensors and set(extra) <= set(names):
-                    kind = f"{info.name}-{i}-{'capturable' if extra else 'host'}"
-                    yield pytest.param(info.optim_cls, kwargs, {}, id=kind)
-                    if kwargs.get("capturable"):  # else the host decides on an overflow
-                        yield pytest.param(info.optim_cls, kwargs, SCALED, id=f"{kind}-scaled")
-
-
-def _flat(kwargs: dict[str, Any]) -> list[Any]:
-    return [e for v in kwargs.values() for e in (v if isinstance(v, tuple) else (v,))]
+    for info, given, name in torch_inputs(is_served):
+        extras: list[dict[str, Any]] = [{}]
+        extras += [{"capturable": True}] if OPTIMIZERS[info.name].capturable else []
+        for extra in [] if tensors_in(given) else extras:
+            kwargs = {**given, **extra}
+            kind = f"{name}-{'capturable' if extra else 'host'}"
+            yield pytest.param(info.optim_cls, kwargs, {}, id=kind)
+            if kwargs.get("capturable"):  # else the host decides on an overflow
+                yield pytest.param(info.optim_cls, kwargs, SCALED, id=f"{kind}-scaled")
 
 
 def rewind(opt: Any, saved: list[Any]) -> None:
@@ -86,7 +77,7 @@ def test_launches_are_tritons_own(make: Any, kwargs: Any, scaled: Any, stub: Stu
     steps(opt, 8, **scaled)
     kernels = opt._modes.kernels
     if kernels.steady is None:  # there is no formula of their numbers, and Triton launches
-        assert make in (torch.optim.ASGD, torch.optim.Rprop)
+        assert not OPTIMIZERS[make.__name__].has_formula
         return
     give(opt, 9)
     before = saved(opt)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same, clone_params, flat_state, params_like, set_grads
+from optimizer_registry import maker
 from test_optim_db import all_params, grads_of
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 import compileclip
 from compileclip import fallback
@@ -49,9 +50,8 @@ class Lion(Optimizer):
                 state["exp_avg"].mul_(beta2).add_(p.grad, alpha=1 - beta2)
 
 
-def sgd(params: Any) -> Optimizer:
-    """Without a square root, so that all is equal to the bit."""
-    return SGD(params, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True)
+# Without a square root, so that all is equal to the bit.
+sgd = maker("SGD, Nesterov", lr=0.1)
 
 
 class Twins:

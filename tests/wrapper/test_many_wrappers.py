@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from helpers import assert_same_optimizer, clone_params, params_like, set_grads
+from optimizer_registry import makers
 from test_optim_db import all_params
-from torch.optim import NAdam, Optimizer, RAdam
 
 import compileclip
 from compileclip.buckets import bucket_step
 from compileclip.multi_tensor import kernel_cache
 
-MAKERS: dict[str, Callable[..., Optimizer]] = {"NAdam": NAdam, "RAdam": RAdam}
+MAKERS = makers(["NAdam", "RAdam"])
 
 
 @pytest.mark.parametrize("name", MAKERS)

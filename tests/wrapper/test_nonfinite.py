@@ -9,24 +9,19 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same, assert_same_optimizer, params_like, set_grads
+from optimizer_registry import makers
 from torch import Tensor
-from torch.optim import SGD, Adagrad, Adam, AdamW, Muon, Optimizer, RMSprop
+from torch.optim import Optimizer
 
 import compileclip
 from compileclip.eager import eager_step
 
+FUSED = makers(["AdamW", "Adam, amsgrad", "SGD, momentum", "SGD", "Adagrad"], lr=0.1, fused=True)
 OPTIMIZERS = {
-    "adamw": lambda p: AdamW(p, lr=0.1),
-    "adamw_fused": lambda p: AdamW(p, lr=0.1, fused=True),
-    "adam_amsgrad_fused": lambda p: Adam(p, lr=0.1, amsgrad=True, fused=True),
-    "sgd_momentum": lambda p: SGD(p, lr=0.1, momentum=0.9),
-    "sgd_momentum_fused": lambda p: SGD(p, lr=0.1, momentum=0.9, fused=True),
-    "sgd_fused": lambda p: SGD(p, lr=0.1, fused=True),
-    "adagrad_fused": lambda p: Adagrad(p, lr=0.1, fused=True),
-    "rmsprop": lambda p: RMSprop(p, lr=0.1, foreach=True),
-    "muon": lambda p: Muon(p, lr=0.1),
+    **makers(["AdamW", "SGD, momentum", "Muon"], lr=0.1),
+    **makers(["RMSprop"], lr=0.1, foreach=True),
+    **FUSED,
 }
-FUSED = [name for name in OPTIMIZERS if name.endswith("fused")]
 
 
 def make(name: str, **options: Any) -> Any:
@@ -134,7 +129,7 @@ def test_propagate_does_what_torch_does(name: str, bad: float) -> None:
 
 @pytest.mark.parametrize("max_norm", [None, math.inf])
 def test_skip_without_clipping(max_norm: float | None) -> None:
-    opt = make("adamw", nonfinite="skip")
+    opt = make("AdamW", nonfinite="skip")
     opt.max_norm = max_norm
     before = copy.deepcopy(opt)
     give(opt, 0, math.nan)
