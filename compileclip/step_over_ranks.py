@@ -17,7 +17,6 @@ from compileclip.eager.norm_over_ranks import Ranks
 from compileclip.eager.unhooked_step import is_elementwise
 from compileclip.fallback import warn_fallback
 from compileclip.lowering import is_disabled
-from compileclip.lowering.target import Ended
 from compileclip.settings import ClipSettings
 
 if TYPE_CHECKING:
@@ -92,6 +91,7 @@ class StepOverRanks:
 
     def _with_kernels(self, settings: ClipSettings, scaler: Scaler, norm: Tensor) -> bool:
         """Mode ``multi_tensor``."""
+        from compileclip.lowering.target import Ended
         from compileclip.multi_tensor.multi_tensor_step import MultiTensorStep
         from compileclip.multi_tensor.step_norm import StepNorm
 
