@@ -69,6 +69,9 @@ def explain(optimizer: Optimizer, settings: ClipSettings, modes: Modes) -> str:
         "bytes: read and written per element"
         + ("" if optimizer.state else "; the state is counted after the first step"),
     ]
+    plan = None if modes.over_ranks is None else modes.over_ranks.ranks.plan
+    if plan is not None:
+        lines += ["the norm of all ranks:", *(f"  {line}" for line in plan.described())]
     why = modes.why_eager(settings)
     if why is not None:
         lines.append(f"why eager: {why}")

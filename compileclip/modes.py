@@ -192,9 +192,11 @@ class Modes:
         scaler: Scaler,
         report: Callable[[Tensor], None],
     ) -> None:
+        from compileclip.multi_tensor.step_norm import take_norm
+
         assert self.kernels is not None
         held = self.kernels.grads()
-        norm = self.kernels.norm(settings, copies, scaler)
+        norm = take_norm(*self.kernels.gathered, settings, copies, scaler)
         report(norm.total)
 
         def step_eagerly(params: list[Tensor], how: ClipSettings) -> None:

@@ -205,8 +205,8 @@ class ClippedOptimizer(Delegate):
         nonfinite = self._settings.nonfinite
         if nonfinite == "raise":
             return 'nonfinite="raise" decides on the host'
-        if self._stand_in.holds_shards():
-            return "a parameter is a DTensor"
+        if self._stand_in.holds_shards() or self._settings.process_group:
+            return "ranks hold parts of the parameters, whose norm is reduced outside of the graph"
         if nonfinite == "skip" and not self._stand_in.can_undo(have):
             return 'nonfinite="skip" decides on the host here, as the step may make new state'
         if self._stand_in.lacks_gradients(have):

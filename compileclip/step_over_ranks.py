@@ -20,6 +20,7 @@ from compileclip.lowering import is_disabled
 from compileclip.settings import ClipSettings
 
 if TYPE_CHECKING:
+    from compileclip.buckets.step_plan import Copied
     from compileclip.graph.inductor_mode import CompiledStep
     from compileclip.multi_tensor.multi_tensor_step import MultiTensorStep
 
@@ -50,22 +51,38 @@ class StepOverRanks:
         """
         local = self.ranks.local
         with local.gradients(written=settings.write_grads is True):
-            norm = scaler.unscaled(self.ranks.total_norm(settings))
+            again, part = self._again(settings, scaler)
+            norm = scaler.unscaled(self.ranks.total_norm(settings, part))
             report(norm)
-            if self._with_parts(settings, scaler, norm):
+            if self._with_parts(settings, scaler, norm, again):
                 return
             local.forget()
             params = eager_step.params_with_grad(self._optimizer)
             grads = Gradients(scaler.grad_scale, scaler.found_inf, params)
             eager_step.update(self._optimizer, settings, grads, norm)
 
-    def _with_parts(self, settings: ClipSettings, scaler: Scaler, norm: Tensor) -> bool:
+    def _again(
+        self, settings: ClipSettings, scaler: Scaler
+    ) -> tuple[list[Copied] | None, Tensor | None]:
+        """If kernels find all as in the last step, copies of gradients, and this rank's norm."""
+        if self.kernels is None or settings.mode in ("eager", "inductor") or is_disabled():
+            return None, None
+        copies = self.kernels.gather(settings, scaler)
+        if copies is None:
+            return None, None
+        from compileclip.multi_tensor.step_norm import norm_of_parts
+
+        return copies, norm_of_parts(*self.kernels.gathered, copies, settings.norm_type)
+
+    def _with_parts(
+        self, settings: ClipSettings, scaler: Scaler, norm: Tensor, again: list[Copied] | None
+    ) -> bool:
         """Step with the parts that this rank holds; False where that is not done."""
         if settings.mode == "eager" or is_disabled():
             return False
         if settings.mode == "inductor":
             return self._in_a_graph(settings, scaler, norm)
-        return self._with_kernels(settings, scaler, norm)
+        return self._with_kernels(settings, scaler, norm, again)
 
     def _in_a_graph(self, settings: ClipSettings, scaler: Scaler, norm: Tensor) -> bool:
         """Mode ``inductor``, of which the norm is taken before."""
@@ -89,8 +106,10 @@ class StepOverRanks:
         local.take_over(state=True)
         return True
 
-    def _with_kernels(self, settings: ClipSettings, scaler: Scaler, norm: Tensor) -> bool:
-        """Mode ``multi_tensor``."""
+    def _with_kernels(
+        self, settings: ClipSettings, scaler: Scaler, norm: Tensor, copies: list[Copied] | None
+    ) -> bool:
+        """Mode ``multi_tensor``; without ``copies``, the parts are sorted anew."""
         from compileclip.lowering.target import Ended
         from compileclip.multi_tensor.multi_tensor_step import MultiTensorStep
         from compileclip.multi_tensor.step_norm import StepNorm
@@ -98,7 +117,6 @@ class StepOverRanks:
         local = self.ranks.local
         if self.kernels is None:
             self.kernels = MultiTensorStep(local.optimizer, repeats=False)
-        copies = self.kernels.gather(settings, scaler)
         planned = copies is None
         if planned:
             views = eager_step.params_with_grad(local.optimizer)

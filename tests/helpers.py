@@ -65,3 +65,8 @@ def assert_same_optimizer(ours: Optimizer, theirs: Optimizer) -> None:
     a, b = flat_state(ours), flat_state(theirs)
     assert [name for name, _ in a] == [name for name, _ in b]
     assert_same([v for _, v in a], [v for _, v in b], "state")
+
+
+def compilations(kernels: Any) -> int:
+    """How many programs the kernels of an optimizer have compiled."""
+    return sum(place.compilations for place in kernels._places.values())

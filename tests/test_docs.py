@@ -13,7 +13,9 @@ import compileclip
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"(<!-- needs a GPU -->\n\n)?```python\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(
+    r"(?<!four ranks -->\n\n)(<!-- needs a GPU -->\n\n)?```python\n(.*?)```", re.DOTALL
+)
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 

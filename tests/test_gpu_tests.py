@@ -23,7 +23,7 @@ FILES = (
     *("half_precision_on_a_gpu", "lowering_triton", "lowering_triton_norm", "several_devices"),
     *("lowering_triton_programs", "multi_tensor_on_triton", "optim_db_on_a_gpu"),
     *("bench_gpu_timing", "bench_graph_rows", "docs", "steady_on_a_gpu"),
-    "optimizer_registry",
+    *("optimizer_registry", "gpu_over_ranks"),
 )
 
 

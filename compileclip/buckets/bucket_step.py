@@ -58,6 +58,7 @@ class BucketStep:
         self.extent = place.target.extent(table.bucket.sizes)
         self.resident = place.target.resident(table)
         self._optimizer = optimizer
+        self._kept: Bucket | None = None  # whose state the optimizer has
         self._start()
 
     def _start(self) -> None:
@@ -69,8 +70,7 @@ class BucketStep:
         self.elsewhere: dict[int, dict[str, Any]] = {}
         self.is_new = False
         self.kernels: dict[Any, Any] = {}
-        self._recordings: list[Recording] = []  # the latest last
-        # Both are of the latest, if that can be had.
+        self._recordings: list[Recording] = []  # the latest last, of which the following are
         self._trace: ScalarTrace | None = None
         self.formula: Formula | None = None
         self._formulas_left = _FORMULAS if _is_closed(self._optimizer) else 0
@@ -103,7 +103,8 @@ class BucketStep:
     def keep_state(self) -> None:
         """Let the optimizer have the state of parameters that had none, if its step makes any."""
         bucket, state = self.bucket, self._optimizer.state
-        for p, own in zip(bucket.params, bucket.states, strict=True):
+        kept, self._kept = self._kept, bucket
+        for p, own in zip(bucket.params, bucket.states, strict=True) if kept is not bucket else ():
             if p not in state and (own or self.shadow.has_state):
                 state[p] = own
 
@@ -256,7 +257,7 @@ def scalars_of(
 
 
 def _is_closed(optimizer: Optimizer) -> bool:
-    """Whether its step is known to depend on its parameter group and state alone."""
+    """Whether its step is known to depend on its group and state alone."""
     return is_torchs_own(optimizer) and type(optimizer).__module__.startswith("torch.optim.")
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from compileclip.buckets.bucket_step import BucketStep, scalars_of, tensors
+from compileclip.distributed.views import WHOLE_SHAPE
 from compileclip.recording.optimizer_attributes import marks
 from compileclip.recording.recorder import is_same, record
 from compileclip.recording.shadow import NotPointwiseError, Shadow
@@ -73,14 +74,20 @@ def _check_each(optimizer: Optimizer, work: BucketStep, before: Mapping[str, Any
     """Step in the place of each parameter that differs in more than its numbers."""
     bucket = work.bucket
     pairs = zip(bucket.params, marks(bucket.params), strict=True)
-    for p in {(tuple(p.shape), *mark): p for p, mark in pairs}.values():
-        shadow = work.make_shadow(tuple(p.shape), p)
+    for p in {(_shape(p), *mark): p for p, mark in pairs}.values():
+        shadow = work.make_shadow(_shape(p), p)
         group = optimizer.param_groups[bucket.group]
         found = record(shadow, group, tensors(bucket.leader, before))
         if not is_same(found, work.recording) or not _same_changes(shadow, work):
             raise NotPointwiseError(
                 f"the step asks for more than the numbers of a parameter of shape {tuple(p.shape)}"
             )
+
+
+def _shape(p: Tensor) -> tuple[int, ...]:
+    """That which a step would ask for: of the whole, where ``p`` is one rank's part."""
+    shape: tuple[int, ...] = getattr(p, WHOLE_SHAPE, tuple(p.shape))
+    return shape
 
 
 def _same_changes(shadow: Shadow, work: BucketStep) -> bool:

@@ -1,30 +1,28 @@
 """An optimizer of the parts that this rank holds of another one's parameters.
 
 Programs are elementwise, so what they do to a ``DTensor`` is what they do to its parts. Here they
-find these as plain tensors: views of the parts, with the parts of gradients and state. Plain
-parameters are themselves.
+find these as plain tensors, called views: the parts themselves, with the parts of gradients and
+state for as long as a step takes. Plain parameters are their own views.
 
 Most steps find all as it was, which thousands of parameters are asked in C, by their identities.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, repeat
 from operator import attrgetter, is_not
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from compileclip.distributed.shards import as_placed, is_sharded, local
+from compileclip.distributed.views import has_view, mark, placed_alike, same_memory, whole_of
 
-# An attribute of a view: the shape of the whole parameter, for who asks for more than numbers.
-WHOLE_SHAPE = "_compileclip_whole_shape"
 _OWN = ("param_groups", "state")
 _part, _spec, _grad = attrgetter("_local_tensor"), attrgetter("_spec"), attrgetter("grad")
 
@@ -38,18 +36,25 @@ class LocalOptimizer:
         params: the parameters, each once; another list where they have changed.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._of = optimizer
+    def __init__(self, optimizer: Optimizer, marks: bool) -> None:
+        """Know nothing yet.
+
+        Args:
+            optimizer: whose parameters ranks hold parts of.
+            marks: whether its step may ask for attributes of parameters, as a class may that is
+                not torch's; views have them, too.
+        """
+        self._of, self._marks = optimizer, marks
         self.optimizer: Any = object.__new__(type(optimizer))
         self.params: list[Tensor] = []
         self._sharded: list[Any] = []  # those of them that are a DTensor
         self._sharded_views: list[Tensor] = []
         self._specs: list[Any] = []  # how these are placed
+        self._stepped: list[Any] = []  # those that have a gradient in this step
         self._others: list[Tensor] = []  # those that are a DTensor, and have no view
         self._views: dict[Tensor, Tensor] = {}  # of each parameter, its view or itself
         self._whole: dict[Tensor, Tensor] = {}  # the other way round
         self._parts: dict[tuple[Tensor, str], tuple[Tensor, Tensor]] = {}  # of state, with whole
-        self._places: list[int] = []  # the addresses of the parameters' parts
         self._held: list[Any] = []  # what the optimizer consists of, as of the last look
         self._entries: list[Any] = []  # what the views' state consists of
         self._elsewhere: set[Tensor] = set()  # views whose parameters are stepped by themselves
@@ -80,36 +85,53 @@ class LocalOptimizer:
         if self._has_changed():
             self._rebuild()
         self._follow_groups()
+        if self._marks:
+            for p, view in zip(self._sharded, self._sharded_views, strict=True):
+                mark(view, p)
         replaced: list[tuple[Tensor, Tensor]] = []
-        stepped: list[Tensor] = []
-        placed = zip(self._sharded, self._sharded_views, self._specs, strict=True)
         try:
-            for p in self._others:
-                if p.grad is not None and (grad := as_placed(p.grad, p)) is not p.grad:
-                    replaced.append((p, p.grad))
-                    p.grad = grad
-            for p, view, spec in placed:
-                grad = p.grad
-                if grad is None:
-                    continue
-                own = _spec(grad)  # FSDP2's gradients have that of their parameter
-                if own is not spec and own.placements != spec.placements:
-                    replaced.append((p, grad))
-                    p.grad = grad = as_placed(grad, p)
-                part = _part(grad)
-                stepped.append(view)
-                try:
-                    view.grad = part if type(part) is Tensor else local(grad)
-                except RuntimeError:  # of another dtype than its parameter
-                    view.grad_dtype = part.dtype
-                    view.grad = local(grad)
+            if not self._give_gradients():
+                self._place_gradients(replaced)
             yield
         finally:
-            for view in stepped:
-                view.grad = None
+            deque(map(setattr, self._sharded_views, repeat("grad"), repeat(None)), maxlen=0)
             if not written:
                 for p, grad in replaced:
                     p.grad = grad
+
+    def _give_gradients(self) -> bool:
+        """Give views the parts of gradients; False where not all are there and placed alike."""
+        self._stepped = self._sharded
+        if self._others:
+            return False
+        try:
+            grads = list(map(_grad, self._sharded))
+            if any(map(is_not, map(_spec, grads), self._specs)):
+                return False  # FSDP2's gradients have the very object of their parameter
+            parts = list(map(_part, grads))
+            if set(map(type, parts)) - {Tensor}:
+                return False
+            deque(map(setattr, self._sharded_views, repeat("grad"), parts), maxlen=0)
+        except (AttributeError, RuntimeError):  # there is none; or of another dtype
+            return False
+        return True
+
+    def _place_gradients(self, replaced: list[tuple[Tensor, Tensor]]) -> None:
+        """The same one by one; those that are placed anew are noted in ``replaced``."""
+        self._stepped = []
+        for p in chain(self._others, self._sharded):
+            if p.grad is None:
+                continue
+            grad = as_placed(p.grad, p)
+            if grad is not p.grad:
+                replaced.append((p, p.grad))
+                p.grad = grad
+            view, part = self._views[p], local(grad)
+            if view is not p:
+                self._stepped.append(p)
+                if part.dtype != view.dtype:
+                    view.grad_dtype = part.dtype
+                view.grad = part
 
     def leave(self, views: Iterable[Tensor]) -> None:
         """Give the optimizer the state of ``views``, with which it is about to step itself."""
@@ -138,7 +160,7 @@ class LocalOptimizer:
         for mine, group in zip(self.optimizer.param_groups, self._of.param_groups, strict=True):
             group.update((k, v) for k, v in mine.items() if k != "params")
         # A view shares its version with the part; that of the DTensor is another.
-        increment_version([p for p in self._sharded if p.grad is not None])
+        increment_version(self._stepped)
 
     def _has_changed(self) -> bool:
         return not self._held or _differ(self._consists_of(), self._held)
@@ -147,11 +169,9 @@ class LocalOptimizer:
         """The parameters, their parts and their state, to be told by identity."""
         groups, state = self._of.param_groups, self._of.state
         params = list(chain.from_iterable(group["params"] for group in groups))
-        parts = list(map(_part, self._sharded))
-        places = list(map(Tensor.data_ptr, parts))
-        if places != self._places:
-            self._places = places
-            parts = []  # which nothing else is
+        parts: list[Any] = list(map(_part, self._sharded))
+        if self._marks:  # views are other tensors than parts, which may get other memory
+            parts += map(same_memory, parts, self._sharded_views)
         return [*params, *parts, *state.keys(), *_entries(state)]
 
     def _follow_groups(self) -> None:
@@ -165,10 +185,10 @@ class LocalOptimizer:
     def _rebuild(self) -> None:
         before, groups = self._views, self._of.param_groups
         self.params = list(dict.fromkeys(p for group in groups for p in group["params"]))
-        self._sharded = list(filter(_has_view, self.params))
-        self._others = [p for p in self.params if is_sharded(p) and not _has_view(p)]
+        self._sharded = list(filter(has_view, self.params))
+        self._others = [p for p in self.params if is_sharded(p) and not has_view(p)]
         self._specs = list(map(_spec, self._sharded))
-        self._views = {p: _view(p, before.get(p)) for p in self.params}
+        self._views = {p: self._view(p, before.get(p)) for p in self.params}
         self._sharded_views = [self._views[p] for p in self._sharded]
         self._whole = {view: p for p, view in self._views.items()}
         self._parts.clear()
@@ -181,14 +201,23 @@ class LocalOptimizer:
         ]
         self.optimizer.state = state
         self._entries = _entries(state)
-        self._places = list(map(Tensor.data_ptr, map(_part, self._sharded)))
         self._held = self._consists_of()
+
+    def _view(self, param: Tensor, known: Tensor | None) -> Tensor:
+        """What is to stand for ``param``: its part, or where that needs marks another tensor."""
+        if not has_view(param):
+            return param
+        part: Tensor = _part(param)
+        if not self._marks:
+            return part
+        is_one = known is not None and same_memory(part, known) and known.shape == part.shape
+        return known if is_one and known is not None else part.detach()
 
     def _local_state(self, param: Tensor, view: Tensor, held: dict[str, Any]) -> dict[str, Any]:
         found = {}
         for name, value in held.items():
             found[name] = value
-            if is_sharded(value) and value.dim() > 0 and _alike(value, param):
+            if is_sharded(value) and value.dim() > 0 and placed_alike(value, param):
                 found[name] = part = local(value)
                 self._parts[view, name] = part, value
         return found
@@ -205,7 +234,7 @@ class LocalOptimizer:
         for name, value in mine.items():
             part, whole = self._parts.get((view, name), (None, None))
             if part is None or part is not value:
-                whole = _whole_of(value, view, param)
+                whole = whole_of(value, view, param)
                 if whole is not value:
                     self._parts[view, name] = value, whole
             theirs[name] = whole
@@ -220,52 +249,3 @@ def _entries(state: Any) -> list[Any]:
 def _differ(now: list[Any], before: list[Any]) -> bool:
     """Whether these are not the same objects."""
     return len(now) != len(before) or any(map(is_not, now, before))
-
-
-def _has_view(param: Tensor) -> bool:
-    """Whether ``param`` is a ``DTensor`` of whose parts kernels can take more than one at a time.
-
-    What is no plain tensor has no memory to look at; in state of a 0-dim one, parts and counts look
-    alike.
-    """
-    return is_sharded(param) and param.dim() > 0 and type(_part(param)) is Tensor
-
-
-def _view(param: Tensor, known: Tensor | None) -> Tensor:
-    """A view of the part of ``param``, the ``known`` one if that still is one; or itself."""
-    if not _has_view(param):
-        return param
-    part = local(param)
-    if known is None or known.data_ptr() != part.data_ptr() or known.shape != part.shape:
-        known = part.detach().requires_grad_(param.requires_grad)
-    vars(known).update(vars(param))
-    setattr(known, WHOLE_SHAPE, tuple(param.shape))
-    return known
-
-
-def _alike(value: Tensor, param: Tensor) -> bool:
-    """Whether state is distributed as its parameter."""
-    assert is_sharded(value)
-    assert is_sharded(param)
-    same = value.device_mesh == param.device_mesh and value.placements == param.placements
-    return same and value.shape == param.shape
-
-
-def _whole_of(value: Any, view: Tensor, param: Tensor) -> Any:
-    """What the optimizer keeps of what a step has made for ``view``."""
-    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape != view.shape:
-        return value
-    if is_sharded(value):
-        return value
-    assert is_sharded(param)
-    from torch.distributed.tensor import DTensor
-
-    with torch.no_grad():
-        return DTensor.from_local(
-            value,
-            param.device_mesh,
-            param.placements,
-            run_check=False,
-            shape=param.shape,
-            stride=param.stride(),
-        )

@@ -17,7 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from compileclip.distributed.process_groups import ProcessGroups, Reduction, groups_of, ranks_of
+from compileclip.distributed.process_groups import (
+    ProcessGroups,
+    Reduction,
+    groups_of,
+    named,
+    ranks_of,
+)
 from compileclip.distributed.shards import is_sharded, local
 
 # Norms of lists on this rank: 0-dim float64 of at least one tensor, by the order p.
@@ -85,6 +91,10 @@ class TotalNorm:
         if norm_type == 0:
             return self._number_of_nonzero(grads)
         parts = [self._part(self._of(alike, grads), norm_type, norm) for alike in self.alike]
+        return self.of_parts(parts, norm_type, overreaches)
+
+    def of_parts(self, parts: Sequence[Tensor], norm_type: float, overreaches: bool) -> Tensor:
+        """The same from what this rank has of each of ``alike``; not for the order 0."""
         if math.isinf(norm_type):
             return self._extreme(parts, norm_type)
         if not overreaches:
@@ -134,10 +144,18 @@ class TotalNorm:
         counts = [f.sum() / alike.again for f, alike in zip(found, self.alike, strict=True)]
         return self.over_groups.run([torch.stack(counts).sum()], dist.ReduceOp.SUM)[0]
 
-    def sent(self) -> tuple[int, int]:
-        """Of one norm with p = 2: the number of all-reduces, and the bytes that this rank gives."""
+    def described(self) -> list[str]:
+        """Who holds what, and what travels for a norm with p = 2, if no gradient is float64."""
+        found = []
+        for alike in self.alike:
+            mesh: Any = alike.mesh
+            where = "plain" if mesh is None else f"on mesh {mesh.mesh_dim_names or ''}{mesh.shape}"
+            held = f", of which {alike.copies} ranks each hold the same" if alike.copies > 1 else ""
+            found.append(f"{len(alike.params)} parameters {where}{held}")
         rounds = [*self.over_meshes.rounds, *self.over_groups.rounds]
-        return len(rounds), sum(8 * len(members) for _, members in rounds)
+        for group, members in rounds:
+            found.append(f"one all-reduce of {8 * len(members)} bytes over {named(group)}")
+        return found
 
 
 def _again(mesh: Any, groups: ProcessGroups | None) -> int:

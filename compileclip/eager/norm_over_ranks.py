@@ -15,6 +15,7 @@ from compileclip.distributed.local_optimizer import LocalOptimizer
 from compileclip.distributed.shards import any_sharded, given_groups
 from compileclip.eager import reference
 from compileclip.eager.checks import check_layouts
+from compileclip.eager.unhooked_step import is_torchs_own
 from compileclip.settings import ClipSettings
 
 if TYPE_CHECKING:
@@ -63,14 +64,18 @@ class Ranks:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.local = LocalOptimizer(optimizer)
+        self.local = LocalOptimizer(optimizer, marks=not is_torchs_own(optimizer))
         self.plan: TotalNorm | None = None
         self._planned: list[Tensor] = []
         self._dtype, self._overreaches = torch.float32, False
         self._agree = False
 
-    def total_norm(self, settings: ClipSettings) -> Tensor:
+    def total_norm(self, settings: ClipSettings, part: Tensor | None = None) -> Tensor:
         """The norm of the optimizer's gradients; all ranks have to ask for it.
+
+        Args:
+            settings: its order, and how it is used.
+            part: the norm of this rank's parts, float64, if it is known.
 
         Raises:
             ValueError: at first, where ranks do not agree on settings or parameters.
@@ -89,6 +94,8 @@ class Ranks:
             check(self.plan, params, {name: getattr(settings, name) for name in names})
             self._agree = True
         order = settings.norm_type
+        if part is not None and len(self.plan.alike) == 1:
+            return self.plan.of_parts([part], order, self._overreaches).to(self._dtype)
         parts = _checked(self.local.grads(), order)
         return self.plan.of(parts, order, _float64_norm, self._overreaches).to(self._dtype)
 

@@ -72,16 +72,18 @@ def total_norm(
         return native
     devices = dict.fromkeys(t.device for t in tensors)
     if len(devices) == 1 or norm_type not in triton_foreach.ORDERS:
-        return _total_norm(tensors, norm_type, dtype or norm_dtype(tensors))
+        return _total_norm(tensors, norm_type, dtype)
     each = [total_norm([t for t in tensors if t.device == d], norm_type, dtype) for d in devices]
     there = [n.to(tensors[0].device) for n in each]
     return _total_norm(there, norm_type, dtype or norm_dtype(tensors))
 
 
 @torch.no_grad()
-def _total_norm(tensors: Sequence[Tensor], norm_type: float, dtype: torch.dtype) -> Tensor:
+def _total_norm(
+    tensors: Sequence[Tensor], norm_type: float, dtype: torch.dtype | None = None
+) -> Tensor:
     """``total_norm`` by torch's own operators."""
-    device = tensors[0].device
+    dtype, device = dtype or norm_dtype(tensors), tensors[0].device
     dense = [values(t) for t in tensors]
     if norm_type < 0 or math.isinf(norm_type):
         # An empty tensor has no extreme value; without it the norm of the others is defined.

@@ -113,5 +113,18 @@ class Target(Protocol):
             What was launched on a GPU.
         """
 
-    def total_norm(self, plan: Plan, works: Sequence[BucketStep], norm_type: float) -> Norm | None:
-        """The norm of all gradients of the buckets of ``plan``; None where there is no kernel."""
+    def total_norm(
+        self,
+        plan: Plan,
+        works: Sequence[BucketStep],
+        norm_type: float,
+        dtype: torch.dtype | None = None,
+    ) -> Norm | None:
+        """The norm of all gradients of the buckets of ``plan``; None where there is no kernel.
+
+        Args:
+            plan: what is gathered.
+            works: its buckets.
+            norm_type: the order p.
+            dtype: of the norm, if not that of ``get_total_norm``.
+        """

@@ -77,14 +77,21 @@ class Cpu:
         kernel(resident, *extent, scalars, read, threads())
         return []
 
-    def total_norm(self, plan: Plan, works: Sequence[BucketStep], norm_type: float) -> Norm | None:
+    def total_norm(
+        self,
+        plan: Plan,
+        works: Sequence[BucketStep],
+        norm_type: float,
+        dtype: torch.dtype | None = None,
+    ) -> Norm | None:
         """As ``get_total_norm`` takes it, to the bit: in the order of the parameters."""
         if len(plan.dtypes) != 1 or not plan.dtypes <= cpp_norm.SERVED.get(norm_type, set()):
             return None
-        (dtype,) = plan.dtypes
-        out = torch.empty((), dtype=torch.promote_types(dtype, torch.float32), device=self.device)
+        (kind,) = plan.dtypes
+        dtype = dtype or torch.promote_types(kind, torch.float32)
+        out = torch.empty((), dtype=dtype, device=self.device)
         extent = (plan.sizes, plan.first_chunk)
-        args = (plan.grads, *extent, dtype, norm_type, threads())
+        args = (plan.grads, *extent, kind, norm_type, threads())
         # In a mode that fakes tensors there is no memory to write.
         return Ended(out) if type(out) is Tensor and cpp_norm.norm_into(out, *args) else None
 
@@ -167,7 +174,13 @@ class Gpu:
         launches: list[Launch] = kernel(tables, scalars, values, counts, shares)
         return launches
 
-    def total_norm(self, plan: Plan, works: Sequence[BucketStep], norm_type: float) -> Norm | None:
+    def total_norm(
+        self,
+        plan: Plan,
+        works: Sequence[BucketStep],
+        norm_type: float,
+        dtype: torch.dtype | None = None,
+    ) -> Norm | None:
         """Bucket by bucket; not ended."""
         from compileclip.lowering.triton.triton_norm import ORDERS, List, Shares
 
@@ -184,7 +197,7 @@ class Gpu:
             for work in works
         ]
         try:
-            return Shares(lists, norm_type)
+            return Shares(lists, norm_type, dtype)
         except Exception as error:  # of a compiler that another torch brings
             self._takes_norm = False
             warn_fallback("the norm's kernel", f"its first run failed: {error}", "report it")

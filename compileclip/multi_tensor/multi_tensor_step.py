@@ -29,7 +29,7 @@ from compileclip.multi_tensor.launching import keep, kernels_of, launch
 from compileclip.multi_tensor.native_step import SteadyStep, steady_step
 from compileclip.multi_tensor.native_step_arguments import Last
 from compileclip.multi_tensor.plan_backoff import PlanBackoff
-from compileclip.multi_tensor.step_norm import StepNorm, take_norm
+from compileclip.multi_tensor.step_norm import StepNorm
 from compileclip.settings import ClipSettings
 
 
@@ -58,11 +58,6 @@ class MultiTensorStep:
         self._fresh = FreshState(optimizer)
         self._captured: list[object] = []  # what CUDA graphs read at each replay
         self._for_now: str | None = None  # why the last step was not served, though others may be
-
-    @property
-    def compilations(self) -> int:
-        """How many programs were compiled."""
-        return sum(place.compilations for place in self._places.values())
 
     @property
     def refused(self) -> list[tuple[Tensor, str]]:
@@ -188,10 +183,11 @@ class MultiTensorStep:
     def _why_not_captured(self, settings: ClipSettings) -> str | None:
         return eligibility.why_not_captured(settings, self._plan, self._works, self._filled)
 
-    def norm(self, settings: ClipSettings, copies: Sequence[Copied], scaler: Scaler) -> StepNorm:
-        """The norm of all gradients, those of parameters that are not served included."""
+    @property
+    def gathered(self) -> tuple[Plan, Sequence[BucketStep]]:
+        """The plan whose tensors were looked up, and its buckets, for the norm."""
         assert self._plan is not None
-        return take_norm(self._plan, self._works, settings, copies, scaler)
+        return self._plan, self._works
 
     def grads(self) -> list[Tensor | None]:
         """Gradients that other threads must not free by putting others in their place meanwhile."""

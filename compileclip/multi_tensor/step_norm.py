@@ -74,11 +74,30 @@ def take_norm(
         copies: gradients that were copied to be gathered.
         scaler: what a ``GradScaler`` says of them.
     """
-    places = {work.place.target for work in works}
-    if not plan.refused and not copies and len(places) == 1:
-        (target,) = places
-        norm = target.total_norm(plan, works, settings.norm_type)
-        if norm is not None:
-            return StepNorm(norm, scaler)
+    norm = _by_kernels(plan, works, copies, settings.norm_type)
+    if norm is not None:
+        return StepNorm(norm, scaler)
     grads = [p.grad for p in plan.params if p.grad is not None]
     return StepNorm(Ended(get_total_norm(grads, settings.norm_type)), scaler)
+
+
+def norm_of_parts(
+    plan: Plan, works: Sequence[BucketStep], copies: Sequence[Copied], norm_type: float
+) -> Tensor | None:
+    """The norm of what this rank has, in float64; None where no kernel takes all of it at once."""
+    norm = _by_kernels(plan, works, copies, norm_type, torch.float64)
+    return None if norm is None else norm.end()
+
+
+def _by_kernels(
+    plan: Plan,
+    works: Sequence[BucketStep],
+    copies: Sequence[Copied],
+    norm_type: float,
+    dtype: torch.dtype | None = None,
+) -> Norm | None:
+    places = {work.place.target for work in works}
+    if plan.refused or copies or len(places) != 1:
+        return None
+    (target,) = places
+    return target.total_norm(plan, works, norm_type, dtype)

@@ -75,10 +75,9 @@ class RankPool:
         if not self._processes:
             self._start()
             seconds += 60  # they import torch
-        module = sys.modules[check.__module__].__spec__
-        assert module is not None
+        module = Path(check.__code__.co_filename).stem  # not "__main__", if it is a program's
         for pipe in self._pipes:
-            pipe.send((module.name.rpartition(".")[2], check.__name__, args))
+            pipe.send((module, check.__name__, args))
         until = time.monotonic() + seconds
         answers, faults = [], []
         for rank, pipe in enumerate(self._pipes):

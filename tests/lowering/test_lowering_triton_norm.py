@@ -54,6 +54,22 @@ def test_norm(dtype: torch.dtype, scale: float, norm_type: float, device: str) -
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_norm_in_float64(dtype: torch.dtype, norm_type: float, device: str) -> None:
+    """As ranks add it up."""
+    tensors = [torch.randn(s, device=device).to(dtype) for s in NORM_SIZES]
+    for _ in range(2):  # on a GPU the second is launched by native code
+        actual = triton_foreach.total_norm(tensors, norm_type, torch.float64)
+        assert actual is not None
+        assert actual.dtype == torch.float64
+        expected = reference._total_norm(tensors, norm_type, torch.float64)
+        # Sums in another order; observed: 3e-16.
+        torch.testing.assert_close(actual, expected, rtol=2e-15, atol=0)
+        narrow = total_norm(tensors, norm_type)
+        assert torch.equal(actual.to(narrow.dtype), narrow)
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_norm_of_mixed_dtypes_and_what_is_not_finite(
     bad: float, norm_type: float, device: str
