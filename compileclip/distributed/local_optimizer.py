@@ -9,6 +9,7 @@ Most steps find all as it was, which thousands of parameters are asked in C, by 
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,7 @@ class LocalOptimizer:
         self._sharded: list[Any] = []  # those of them that are a DTensor
         self._sharded_views: list[Tensor] = []
         self._specs: list[Any] = []  # how these are placed
+        self._objects = array("Q")  # where they and their views are
         self._stepped: list[Any] = []  # those that have a gradient in this step
         self._others: list[Tensor] = []  # those that are a DTensor, and have no view
         self._views: dict[Tensor, Tensor] = {}  # of each parameter, its view or itself
@@ -82,6 +84,7 @@ class LocalOptimizer:
         Raises:
             ValueError: a gradient cannot be placed as its parameter. Nothing was changed.
         """
+        self._fetch()
         if self._has_changed():
             self._rebuild()
         self._follow_groups()
@@ -98,6 +101,13 @@ class LocalOptimizer:
             if not written:
                 for p, grad in replaced:
                     p.grad = grad
+
+    def _fetch(self) -> None:
+        from compileclip.native.native_tensors import address, has_library, library
+
+        if self._objects and has_library():
+            native = library()
+            native.fetch(native.torch, address(self._objects), len(self._objects))
 
     def _give_gradients(self) -> bool:
         """Give views the parts of gradients; False where not all are there and placed alike."""
@@ -190,6 +200,7 @@ class LocalOptimizer:
         self._specs = list(map(_spec, self._sharded))
         self._views = {p: self._view(p, before.get(p)) for p in self.params}
         self._sharded_views = [self._views[p] for p in self._sharded]
+        self._objects = array("Q", map(id, chain(self._sharded, self._sharded_views)))
         self._whole = {view: p for p, view in self._views.items()}
         self._parts.clear()
         state: Any = defaultdict(dict)

@@ -62,6 +62,8 @@ class Library:
         self.note_written = held(status, pointer, pointer, status)(
             ("compileclip_note_written", library)
         )
+        fetch = held(None, pointer, pointer, ctypes.c_int64)
+        self.fetch = fetch(("compileclip_fetch", library))
         same = held(status, pointer, pointer, ctypes.py_object, ctypes.py_object)
         self.same = same(("compileclip_same", library))
         copy = (status, pointer, ctypes.c_uint64, pointer, ctypes.c_int64, pointer)
