@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import weakref
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import compileclip
+from compileclip.distributed.shards import local
 
 SPOTS = [Spot((7, 3), (2,), "S0"), Spot((4,), (2,), "S0"), Spot((3, 5), (2,), "R"), Spot((5,))]
 
@@ -67,6 +69,25 @@ def check_changes() -> None:
 
 def test_changes_between_steps(on_ranks: Any) -> None:
     on_ranks(2, check_changes)
+
+
+def check_left() -> None:
+    """Nothing is kept of gradients, and autograd hears of what was written."""
+    twins = Twins(SPOTS, adamw)
+    for step in range(3):
+        twins.set_grads(step)
+        saved = (twins.parts[0] * twins.parts[0]).sum()
+        kept = [weakref.ref(local(p.grad)) for p in twins.parts if p.grad is not None]
+        twins.ours.step()
+        twins.ours.zero_grad()
+        assert not any(ref() is not None for ref in kept)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            saved.backward()
+    assert twins.ours._modes.kernels.why_not is None
+
+
+def test_what_a_step_leaves(on_ranks: Any) -> None:
+    on_ranks(2, check_left)
 
 
 class Lion(Optimizer):
