@@ -69,6 +69,8 @@ def explain(optimizer: Optimizer, settings: ClipSettings, modes: Modes) -> str:
         "bytes: read and written per element"
         + ("" if optimizer.state else "; the state is counted after the first step"),
     ]
+    if modes.kernels is None and settings.mode in ("auto", "multi_tensor"):
+        lines.append("before the first step: whether kernels can take it is known after that")
     plan = None if modes.over_ranks is None else modes.over_ranks.ranks.plan
     if plan is not None:
         lines += ["the norm of all ranks:", *(f"  {line}" for line in plan.described())]

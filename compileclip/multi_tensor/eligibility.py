@@ -22,7 +22,10 @@ from compileclip.settings import ClipSettings
 
 # Why a step is not served, as it is prepared.
 REASONS = (NotPointwiseError, UnsupportedError, CompilerError)
-OTHER_MODES = 'take mode="auto", which does the same without a warning, or mode="eager"'
+OTHER_MODES = (
+    'take mode="auto", which does the same without a warning, mode="inductor", which compiles '
+    'whatever torch.compile can trace, or mode="eager"'
+)
 # Of another class than torch's, each bucket's step looks at each group.
 MOST_LOOKS = 1024
 

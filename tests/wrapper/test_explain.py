@@ -25,7 +25,7 @@ class Foreign(SGD):
 @pytest.mark.parametrize(
     ("options", "fused", "expected"),
     [
-        ({}, False, ["multi_tensor", "inside the update", "16", "mode='auto'"]),
+        ({}, False, ["multi_tensor", "inside the update", "16", "mode='auto'", "before the first"]),
         ({"write_grads": True}, True, ["multi_tensor", "written back", "20"]),
         ({"mode": "eager"}, False, ["for-loop", "in place", ">= 24", 'mode="eager" was asked']),
         ({"mode": "eager"}, True, ["fused", "in the fused kernel, written back", "20"]),
