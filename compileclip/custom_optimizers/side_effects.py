@@ -16,6 +16,7 @@ from __future__ import annotations
 import builtins
 import os
 import types
+from itertools import chain
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from compileclip.custom_optimizers.known_functions import (
     operates,
     taken,
 )
+from compileclip.distributed.views import WHOLE_SHAPE
 from compileclip.eager.optimizer_state import raw_step
 from compileclip.recording import optimizer_attributes
 from compileclip.recording.shadow import NotPointwiseError
@@ -50,6 +52,8 @@ _ORDINARY = ("param_groups", "state", "defaults")
 _OF_CLASSES = ("__new__", "__init_subclass__", "__class_getitem__")  # without a decorator
 # Of a class, what says nothing of what it does.
 _DESCRIBING = ("__dict__", "__weakref__", "__annotations__", "__static_attributes__")
+# Names by which a step asks whether a parameter is sharded, which a part cannot answer.
+_OF_SHARDS = {"DTensor", "device_mesh", "placements", "to_local", "full_tensor", "_local_tensor"}
 
 
 def check(optimizer: Optimizer) -> None:
@@ -68,6 +72,8 @@ class _Reach:
         self._optimizer = optimizer
         mro = type(optimizer).__mro__
         self._classes = [cls for cls in mro[: mro.index(Optimizer)] if cls is not object]
+        params = (p for group in optimizer.param_groups for p in group["params"])
+        self._steps_parts = any(WHOLE_SHAPE in vars(p) for p in params)
         self._seen: set[Any] = set()
         self._names: set[str] = set()
         self._where = "the step"  # the function that is being read
@@ -156,6 +162,7 @@ class _Reach:
         """Look at what the code of ``function`` accesses."""
         code = function.__code__
         found = accesses_of(code)
+        self._check_shards(*found.names, *found.texts, *chain.from_iterable(found.globals))
         for what in found.writes:
             self._refuse(what)
         if found.own and not is_method:  # what is set of an optimizer is seen in a trial
@@ -169,12 +176,12 @@ class _Reach:
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             if name != "__class__" and _is_filled(cell):
                 self._value(cell.cell_contents, name)
-        for chain in found.globals:
-            self._global(function, chain)
-        names = set(found.names)
+        for names in found.globals:
+            self._global(function, names)
+        asked = set(found.names)
         if ("getattr",) in found.globals:  # of any name
-            names |= found.texts.union(*map(vars, self._classes)) - _UNCALLED
-        for name in sorted(names):
+            asked |= found.texts.union(*map(vars, self._classes)) - _UNCALLED
+        for name in sorted(asked):
             self._asked(name)
             self._attribute(name)
 
@@ -190,6 +197,11 @@ class _Reach:
         if (method and not harmless) or usual or shared:
             self._refuse(f"may change the optimizer by {name!r}")
 
+    def _check_shards(self, *names: str) -> None:
+        asked = _OF_SHARDS.intersection(names) if self._steps_parts else ()
+        for name in asked:
+            raise NotPointwiseError(f"{self._where} asks for {name!r}, as if parameters were whole")
+
     def _attribute(self, name: str) -> None:
         """Look at what ``name`` is where it is taken of the optimizer."""
         for cls in self._classes:
@@ -198,9 +210,9 @@ class _Reach:
                     self._refuse(f"may change {name!r}, which the optimizer keeps in a slot")
                 self._value(vars(cls)[name], name, of_class=True)
 
-    def _global(self, function: types.FunctionType, chain: tuple[str, ...]) -> None:
+    def _global(self, function: types.FunctionType, names: tuple[str, ...]) -> None:
         """Look at a global of ``function`` and the attributes that are taken of it in turn."""
-        name, *attributes = chain
+        name, *attributes = names
         value = function.__globals__.get(name, getattr(builtins, name, MISSING))
         if value is MISSING:
             return  # a NameError, or of a class that is being defined

@@ -57,6 +57,7 @@ class LocalOptimizer:
         self._views: dict[Tensor, Tensor] = {}  # of each parameter, its view or itself
         self._whole: dict[Tensor, Tensor] = {}  # the other way round
         self._parts: dict[tuple[Tensor, str], tuple[Tensor, Tensor]] = {}  # of state, with whole
+        self._counts: list[int] = []  # of the parameters of each group
         self._held: list[Any] = []  # what the optimizer consists of, as of the last look
         self._entries: list[Any] = []  # what the views' state consists of
         self._elsewhere: set[Tensor] = set()  # views whose parameters are stepped by themselves
@@ -139,7 +140,7 @@ class LocalOptimizer:
             view, part = self._views[p], local(grad)
             if view is not p:
                 self._stepped.append(p)
-                if part.dtype != view.dtype:
+                if part.dtype != view.grad_dtype:
                     view.grad_dtype = part.dtype
                 view.grad = part
 
@@ -173,7 +174,9 @@ class LocalOptimizer:
         increment_version(self._stepped)
 
     def _has_changed(self) -> bool:
-        return not self._held or _differ(self._consists_of(), self._held)
+        counts = [len(group["params"]) for group in self._of.param_groups]
+        same = bool(self._held) and counts == self._counts
+        return not same or _differ(self._consists_of(), self._held)
 
     def _consists_of(self) -> list[Any]:
         """The parameters, their parts and their state, to be told by identity."""
@@ -212,7 +215,7 @@ class LocalOptimizer:
         ]
         self.optimizer.state = state
         self._entries = _entries(state)
-        self._held = self._consists_of()
+        self._held, self._counts = self._consists_of(), [len(g["params"]) for g in groups]
 
     def _view(self, param: Tensor, known: Tensor | None) -> Tensor:
         """What is to stand for ``param``: its part, or where that needs marks another tensor."""

@@ -21,6 +21,7 @@ from compileclip.settings import ClipSettings
 if TYPE_CHECKING:
     from compileclip.distributed.total_norm import TotalNorm
 
+_NOTHING = torch.zeros(0)  # in the place of the parameters of a stage that has none
 _layout = attrgetter("layout")
 _float64_norm = functools.partial(reference.total_norm, dtype=torch.float64)
 
@@ -36,8 +37,8 @@ def norm_over_ranks(
     from compileclip.distributed.total_norm import TotalNorm
 
     groups = given_groups(process_group)
-    if not tensors:  # a stage without parameters
-        tensors, parts = [torch.zeros(0)], [None]
+    if not tensors:
+        tensors, parts = [_NOTHING], [None]
     total = TotalNorm(tensors, groups).of(
         _checked(parts, norm_type),
         norm_type,
@@ -80,11 +81,12 @@ class Ranks:
         Raises:
             ValueError: at first, where ranks do not agree on settings or parameters.
         """
-        params = self.local.params
-        if self.plan is None or self._planned is not params:
+        params = self.local.params or [_NOTHING]
+        if self.plan is None or self._planned is not self.local.params:
             from compileclip.distributed.total_norm import TotalNorm
 
-            self.plan, self._planned = TotalNorm(params, settings.process_group), params
+            self.plan = TotalNorm(params, settings.process_group)
+            self._planned = self.local.params
             self._dtype = reference.norm_dtype(params)
             self._overreaches = reference.overreaches(params, settings.norm_type)
         if not self._agree:
@@ -96,7 +98,7 @@ class Ranks:
         order = settings.norm_type
         if part is not None and len(self.plan.alike) == 1:
             return self.plan.of_parts([part], order, self._overreaches).to(self._dtype)
-        parts = _checked(self.local.grads(), order)
+        parts = _checked(self.local.grads() or [None], order)
         return self.plan.of(parts, order, _float64_norm, self._overreaches).to(self._dtype)
 
 

@@ -71,6 +71,65 @@ def test_changes_between_steps(on_ranks: Any) -> None:
     on_ranks(2, check_changes)
 
 
+def check_moved() -> None:
+    """Parameters that go to another group, and a group without parameters."""
+    twins = Twins(SPOTS[:3], lambda p: AdamW([{"params": p[:2]}, {"params": p[2:], "lr": 0.5}]))
+    for step in range(6):
+        if step == 2:
+            for opt, _ in both(twins):
+                first, second = opt.param_groups
+                second["params"].insert(0, first["params"].pop())
+        elif step == 4:
+            for opt, _ in both(twins):
+                opt.add_param_group({"params": []})
+        twins.step(step)
+        twins.check()
+
+
+def test_groups_that_change(on_ranks: Any) -> None:
+    on_ranks(2, check_moved)
+
+
+def check_a_stage_without() -> None:
+    """Of parameters; it takes part in the norm."""
+    params = [nn.Parameter(torch.ones(3))] if dist.get_rank() == 0 else []
+    opt = compileclip.wrap(AdamW([{"params": params}]), 1.0, process_group=dist.group.WORLD)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.full((3,), 2.0)
+        opt.step()
+        assert opt.total_norm is not None
+        torch.testing.assert_close(opt.total_norm.item(), math.sqrt(12))
+
+
+def test_a_stage_without_parameters(on_ranks: Any) -> None:
+    on_ranks(2, check_a_stage_without)
+
+
+def check_grad_dtypes() -> None:
+    """Gradients in another dtype than their parameter, for a while."""
+    twins = Twins(SPOTS[:2], lambda p: SGD(p, lr=0.1))
+    for step in range(6):
+        twins.set_grads(step)
+        if step in (2, 3):
+            for _, params in both(twins):
+                for p in params:
+                    grad, p.grad = p.grad, None
+                    p.grad_dtype = torch.bfloat16
+                    p.grad = grad.bfloat16()
+        twins.ours.step()
+        twins.theirs.step()
+        for opt, params in both(twins):
+            opt.zero_grad()
+            for p in params:
+                p.grad_dtype = torch.float32
+        twins.check(rtol=1e-2, atol=1e-3)  # of bfloat16, which eager mode scales in place
+
+
+def test_gradients_in_another_dtype(on_ranks: Any) -> None:
+    on_ranks(2, check_grad_dtypes)
+
+
 def check_left() -> None:
     """Nothing is kept of gradients, and autograd hears of what was written."""
     twins = Twins(SPOTS, adamw)
@@ -88,82 +147,6 @@ def check_left() -> None:
 
 def test_what_a_step_leaves(on_ranks: Any) -> None:
     on_ranks(2, check_left)
-
-
-class Lion(Optimizer):
-    """Of another class than torch's, elementwise; asks for shapes where told to."""
-
-    def __init__(self, params: Any, lr: float = 0.01, by_size: bool = False) -> None:
-        super().__init__(params, {"lr": lr, "by_size": by_size})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["exp_avg"] = torch.zeros_like(p)
-                update = state["exp_avg"].mul(0.9).add(p.grad, alpha=0.1).sign()
-                scale = 1.0 if not group["by_size"] else 1.0 / (1 + (p.numel() > 10))
-                p.add_(update, alpha=-group["lr"] * scale * getattr(p, "scale", 1.0))
-                state["exp_avg"].mul_(0.99).add_(p.grad, alpha=0.01)
-
-
-class OfTheWhole(Lion):
-    """Divides by a norm of each parameter's gradient: no step of parts."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    norm = torch.linalg.vector_norm(p.grad)
-                    p.add_(p.grad / norm, alpha=-group["lr"])
-
-
-def check_foreign(by_size: bool) -> None:
-    twins = Twins(SPOTS[:3], lambda p: Lion(p, by_size=by_size))
-    for step in range(5):
-        if step == 3:  # attributes, which parts have too
-            for _, params in both(twins):
-                params[0].scale = 2.0
-        twins.step(step)
-        twins.check()
-        if step < 3:
-            assert (twins.ours._modes.kernels.why_not is not None) == by_size
-
-
-@pytest.mark.parametrize("by_size", [False, True])
-def test_another_class(on_ranks: Any, by_size: bool) -> None:
-    on_ranks(2, check_foreign, by_size)
-
-
-def check_of_the_whole() -> None:
-    twins = Twins(SPOTS[:3], OfTheWhole)
-    for step in range(3):
-        twins.step(step)
-        twins.check(rtol=1e-5, atol=1e-6)
-    assert twins.ours._modes.kernels.why_not is not None
-
-
-def test_a_step_of_whole_parameters(on_ranks: Any) -> None:
-    on_ranks(2, check_of_the_whole)
-
-
-def check_muon(mode: str) -> None:
-    spots = [Spot((6, 4), (2,), "S0"), Spot((4, 6), (2,), "R")]
-    twins = Twins(spots, lambda p: torch.optim.Muon(p, lr=0.1), mode=mode)
-    for step in range(3):
-        twins.step(step)
-        twins.check(rtol=1e-2, atol=1e-2)  # it rounds to bfloat16 inside
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("mode", ["auto", "inductor"])
-def test_muon(on_ranks: Any, mode: str) -> None:
-    on_ranks(2, check_muon, mode)
 
 
 def check_scaler(fused: bool, nonfinite: str) -> None:
