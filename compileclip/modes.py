@@ -93,7 +93,7 @@ class Modes:
             return
         params = eager_step.params_with_grad(self._optimizer)
         if not self._checked:  # a parameter may have become one rank's part after it was wrapped
-            for p in params:
+            for p in params if settings.process_group is None else ():
                 check_parameter(p)
             self._checked = True
         grads = Gradients(scaler.grad_scale, scaler.found_inf, params)

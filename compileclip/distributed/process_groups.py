@@ -77,6 +77,8 @@ def process_groups(given: Any) -> ProcessGroups:
     found: dict[tuple[int, ...], Any] = {}
     for group in _flattened(given):
         found.setdefault(ranks_of(group), group)
+    if not found:
+        raise ValueError("process_group is an empty list; pass the groups, or leave it out")
     return ProcessGroups([group for ranks, group in found.items() if len(ranks) > 1])
 
 

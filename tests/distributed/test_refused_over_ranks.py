@@ -39,7 +39,7 @@ def check_foreign_group() -> None:
         ):
             with pytest.raises(ValueError, match="a group that this rank is not in"):
                 function(other)
-    for given, error in ((3, TypeError), ("pp", TypeError), ([None], ValueError)):
+    for given, error in (([], ValueError), (3, TypeError), ("pp", TypeError), ([None], ValueError)):
         with pytest.raises(error, match="process_group"):
             compileclip.wrap(SGD([p], lr=0.1), 1.0, process_group=given)
 

@@ -202,6 +202,23 @@ def check_fsdp1(use_orig_params: bool) -> None:
     assert opt._modes.kernels.why_not is None, opt.explain()
 
 
+def check_groups_of_one() -> None:
+    """For parameters that look like parts and are none."""
+    groups = [dist.new_group([rank]) for rank in range(2)]
+    p = nn.Parameter(torch.ones(3))
+    p._fsdp_flattened = True  # type: ignore[attr-defined]  # FSDP1's mark
+    opt = compileclip.wrap(adamw([p]), BOUND, process_group=groups[dist.get_rank()])
+    for _ in range(2):
+        p.grad = torch.full((3,), 1.0 + dist.get_rank())
+        opt.step()
+        assert opt.total_norm is not None
+        torch.testing.assert_close(opt.total_norm.item(), 3**0.5 * (1 + dist.get_rank()))
+
+
+def test_groups_of_one(on_ranks: Any) -> None:
+    on_ranks(2, check_groups_of_one)
+
+
 @pytest.mark.parametrize("use_orig_params", [True, False])
 def test_fsdp1(on_ranks: Any, use_orig_params: bool) -> None:
     on_ranks(2, check_fsdp1, use_orig_params)
