@@ -1,8 +1,8 @@
 """Process groups: which ranks add up a number, and how it travels.
 
 Private parts of torch used here, read in torch 2.11 to 2.13: ``ProcessGroup._device_types`` and
-``DeviceMesh._flatten_mapping``, both for want of a public way; without the second a number is
-reduced over one dimension of a mesh after the other.
+``DeviceMesh._flatten_mapping``, for want of a public way; without the second a number is reduced
+over one dimension of a mesh after the other.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _of_whole(mesh: DeviceMesh) -> ProcessGroup | None:
     group = dist.group.WORLD
     if len(ranks) == dist.get_world_size() and group is not None:
         return group if mesh.device_type in _device_types(group) else None
-    root = mesh._get_root_mesh()
+    root = getattr(mesh, "_get_root_mesh", lambda: mesh)()
     for flat in getattr(root, "_flatten_mapping", {}).values():
         if flat.ndim == 1 and sorted(flat.mesh.flatten().tolist()) == ranks:
             return flat.get_group()  # type: ignore[no-any-return]

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 import compileclip
+from compileclip.distributed.process_groups import groups_of
 
 SPOTS = {
     2: [Spot((5, 4), (2,), "S0"), Spot((7,), (2,), "S0"), Spot((3,), (2,), "R"), Spot((4,))],
@@ -212,6 +213,29 @@ def test_number_of_reductions(on_ranks: Any) -> None:
         counts = on_ranks(world, check_count, world)
         print(world, counts[0])
         assert all(ours == 1 for ours, _ in counts[0].values()), counts
+
+
+def check_flattened() -> None:
+    """On half of the ranks: dimension by dimension, or at once where there is a group for that."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    root = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("x", "y", "z"))
+    half = root["y", "z"]
+    assert groups_of(half) == (half.get_group("y"),)  # the other has one rank
+    p = nn.Parameter(DTensor.from_local(torch.zeros(3), half, [Shard(0), Replicate()]))
+    p.grad = DTensor.from_local(torch.ones(3), half, [Shard(0), Replicate()])
+    for flattened in (False, True):
+        if flattened:
+            assert groups_of(half) == (half._flatten("yz").get_group(),)
+        with CommDebugMode() as comm:
+            norm = compileclip.clip_grad_norm_([p], 1e9)
+        assert comm.get_total_counts() == 1
+        torch.testing.assert_close(norm.item(), math.sqrt(6))
+        check_same_bits(norm)
+
+
+def test_flattened_meshes(on_ranks: Any) -> None:
+    on_ranks(4, check_flattened)
 
 
 def check_replicated() -> None:
