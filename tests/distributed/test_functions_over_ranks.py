@@ -226,7 +226,8 @@ def check_flattened() -> None:
     p.grad = DTensor.from_local(torch.ones(3), half, [Shard(0), Replicate()])
     for flattened in (False, True):
         if flattened:
-            assert groups_of(half) == (half._flatten("yz").get_group(),)
+            whole_half = half._flatten("yz")
+            assert groups_of(half) == (whole_half.get_group(),)
         with CommDebugMode() as comm:
             norm = compileclip.clip_grad_norm_([p], 1e9)
         assert comm.get_total_counts() == 1
