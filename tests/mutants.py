@@ -254,7 +254,7 @@ MUTANTS = [
      "most", "tests/distributed/test_steps_over_ranks.py"),
     ("ranks that disagree", "distributed/agreement.py", "if differ.item():", "if False:",
      "tests/distributed/test_refused_over_ranks.py"),
-    ("what other groups heard", "distributed/agreement.py", "found[2] = differ", "pass",
+    ("what other groups heard", "distributed/agreement.py", "found[2], found[3] = differ, wide", "found[3] = wide",
      "tests/distributed/test_refused_over_ranks.py"),
     ("gradients placed as parameters", "distributed/local_optimizer.py",
      "if any(map(is_not, map(_spec, grads), self._specs)):", "if False:",

@@ -15,15 +15,21 @@ from compileclip.distributed.shards import is_sharded, local
 from compileclip.distributed.total_norm import TotalNorm
 
 
-def check(plan: TotalNorm, params: Sequence[Tensor], settings: dict[str, Any]) -> None:
+def check(
+    plan: TotalNorm, params: Sequence[Tensor], settings: dict[str, Any], overreaches: bool
+) -> bool:
     """See that all ranks of the groups of ``plan`` have the same settings and parameters.
 
-    Of three numbers per group the maxima are taken, twice, and the host waits for the result.
+    Of four numbers per group the maxima are taken, twice, and the host waits for the result.
 
     Args:
         plan: of ``params``.
         params: as the optimizer has them on this rank.
         settings: what has to be the same, by name.
+        overreaches: whether powers may leave the range of float64, as parameters of this rank tell.
+
+    Returns:
+        Whether they may by those of any rank.
 
     Raises:
         ValueError: they do not agree; the message says on what.
@@ -31,20 +37,22 @@ def check(plan: TotalNorm, params: Sequence[Tensor], settings: dict[str, Any]) -
     said = _said(plan, params, settings)
     device = local(params[0]).device
     differ = torch.zeros((), dtype=torch.int64, device=device)
+    wide = torch.full_like(differ, overreaches)
     for _ in range(2):  # the second time, ranks hear of what other groups have found
         for group, each in said:
             number = _hash(each)
-            found = torch.tensor([number, -number, 0], dtype=torch.int64, device=device)
-            found[2] = differ
+            found = torch.tensor([number, -number, 0, 0], dtype=torch.int64, device=device)
+            found[2], found[3] = differ, wide
             found = found.to(travels_on(group, device))
             dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
-            most, least, heard = found.to(device).unbind()
+            most, least, heard, wide = found.to(device).unbind()
             differ = torch.maximum(heard, (most != -least).to(torch.int64))
     if differ.item():
         raise ValueError(
             f"ranks disagree on {_difference(said)}: they would not clip and step alike; wrap on "
             "each rank with the same settings and parameters. Nothing was changed"
         )
+    return bool(wide.item())
 
 
 def _said(

@@ -21,6 +21,7 @@ from compileclip.settings import ClipSettings
 if TYPE_CHECKING:
     from compileclip.distributed.total_norm import TotalNorm
 
+_FLOAT64 = torch.zeros(0, dtype=torch.float64)
 _NOTHING = torch.zeros(0)  # in the place of the parameters of a stage that has none
 _layout = attrgetter("layout")
 _float64_norm = functools.partial(reference.total_norm, dtype=torch.float64)
@@ -43,7 +44,8 @@ def norm_over_ranks(
         _checked(parts, norm_type),
         norm_type,
         _float64_norm,
-        reference.overreaches(tensors, norm_type),
+        # Other ranks of a group may hold float64 parameters.
+        reference.overreaches([_FLOAT64] if groups else tensors, norm_type),
     )
     return total.to(reference.norm_dtype(tensors))
 
@@ -88,12 +90,14 @@ class Ranks:
             self.plan = TotalNorm(params, settings.process_group)
             self._planned = self.local.params
             self._dtype = reference.norm_dtype(params)
-            self._overreaches = reference.overreaches(params, settings.norm_type)
+            if not self._agree or not settings.process_group:
+                self._overreaches = reference.overreaches(params, settings.norm_type)
         if not self._agree:
             from compileclip.distributed.agreement import check
 
             names = ("max_norm", "norm_type", "nonfinite")
-            check(self.plan, params, {name: getattr(settings, name) for name in names})
+            said = {name: getattr(settings, name) for name in names}
+            self._overreaches = check(self.plan, params, said, self._overreaches)
             self._agree = True
         order = settings.norm_type
         if part is not None and len(self.plan.alike) == 1:
