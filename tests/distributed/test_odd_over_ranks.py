@@ -71,65 +71,6 @@ def test_changes_between_steps(on_ranks: Any) -> None:
     on_ranks(2, check_changes)
 
 
-def check_moved() -> None:
-    """Parameters that go to another group, and a group without parameters."""
-    twins = Twins(SPOTS[:3], lambda p: AdamW([{"params": p[:2]}, {"params": p[2:], "lr": 0.5}]))
-    for step in range(6):
-        if step == 2:
-            for opt, _ in both(twins):
-                first, second = opt.param_groups
-                second["params"].insert(0, first["params"].pop())
-        elif step == 4:
-            for opt, _ in both(twins):
-                opt.add_param_group({"params": []})
-        twins.step(step)
-        twins.check()
-
-
-def test_groups_that_change(on_ranks: Any) -> None:
-    on_ranks(2, check_moved)
-
-
-def check_a_stage_without() -> None:
-    """Of parameters; it takes part in the norm."""
-    params = [nn.Parameter(torch.ones(3))] if dist.get_rank() == 0 else []
-    opt = compileclip.wrap(AdamW([{"params": params}]), 1.0, process_group=dist.group.WORLD)
-    for _ in range(3):
-        for p in params:
-            p.grad = torch.full((3,), 2.0)
-        opt.step()
-        assert opt.total_norm is not None
-        torch.testing.assert_close(opt.total_norm.item(), math.sqrt(12))
-
-
-def test_a_stage_without_parameters(on_ranks: Any) -> None:
-    on_ranks(2, check_a_stage_without)
-
-
-def check_grad_dtypes() -> None:
-    """Gradients in another dtype than their parameter, for a while."""
-    twins = Twins(SPOTS[:2], lambda p: SGD(p, lr=0.1))
-    for step in range(6):
-        twins.set_grads(step)
-        if step in (2, 3):
-            for _, params in both(twins):
-                for p in params:
-                    grad, p.grad = p.grad, None
-                    p.grad_dtype = torch.bfloat16
-                    p.grad = grad.bfloat16()
-        twins.ours.step()
-        twins.theirs.step()
-        for opt, params in both(twins):
-            opt.zero_grad()
-            for p in params:
-                p.grad_dtype = torch.float32
-        twins.check(rtol=1e-2, atol=1e-3)  # of bfloat16, which eager mode scales in place
-
-
-def test_gradients_in_another_dtype(on_ranks: Any) -> None:
-    on_ranks(2, check_grad_dtypes)
-
-
 def check_left() -> None:
     """Nothing is kept of gradients, and autograd hears of what was written."""
     twins = Twins(SPOTS, adamw)
