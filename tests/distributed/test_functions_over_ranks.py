@@ -112,16 +112,20 @@ def check_sums_left_open() -> None:
     for p in params:
         assert p.grad.placements == p.placements
         torch.testing.assert_close(whole(p.grad), torch.full((4, 3), 3 / expected))
-    opt = compileclip.wrap(torch.optim.SGD(params, lr=1.0), 1.0)
+    opt = compileclip.wrap(torch.optim.SGD(params, lr=1.0), None)
     for p in params:
         p.grad = DTensor.from_local(torch.ones(4, 3), mesh(2), [Partial()])
     before = [p.grad for p in params]
     opt.step()
     assert all(p.grad is g for p, g in zip(params, before, strict=True))
-    expected = 1 - 2 / math.sqrt(2 * 12 * 4)
     for p in params:
-        torch.testing.assert_close(whole(p.detach()), torch.full((4, 3), expected))
+        torch.testing.assert_close(whole(p.detach()), torch.full((4, 3), 1.0 - 2.0))
+    torch.testing.assert_close(opt.total_norm.item(), math.sqrt(2 * 12 * 4))
     assert opt._modes.kernels.why_not is None
+    alone = compileclip.wrap(torch.optim.SGD(params[:1], lr=1.0), None)
+    params[0].grad = DTensor.from_local(torch.ones(4, 3), mesh(2), [Partial()])
+    alone.step()
+    torch.testing.assert_close(whole(params[0].detach()), torch.full((4, 3), -3.0))
 
 
 def test_partial_gradients(on_ranks: Any) -> None:

@@ -33,7 +33,7 @@ class Lion(Optimizer):
                 if not state:
                     state["exp_avg"] = torch.zeros_like(p)
                 update = state["exp_avg"].mul(0.9).add(p.grad, alpha=0.1).sign()
-                scale = 1.0 if not group["by_size"] else 1.0 / (1 + (p.numel() > 10))
+                scale = 1.0 if not group["by_size"] else 1.0 / (1 + (p.numel() > 16))
                 p.add_(update, alpha=-group["lr"] * scale * getattr(p, "scale", 1.0))
                 state["exp_avg"].mul_(0.99).add_(p.grad, alpha=0.01)
 

@@ -76,6 +76,23 @@ def test_ranks_that_disagree(on_ranks: Any, what: str) -> None:
     on_ranks(4, check_disagreement, what)
 
 
+def check_disagreement_of_one_group() -> None:
+    """Which the other group hears of, for it would wait for these ranks."""
+    rank = dist.get_rank()
+    spots = [Spot((4,), (2, 2, "b"), "S0"), Spot((6,), (2, 2, "a"), "S0")]
+    if rank == 3:
+        spots[0] = Spot((4,), (2, 2, "b"), "R")
+    params = params_of(*spots)
+    opt = compileclip.wrap(AdamW(params, lr=0.1), 1.0)
+    with pytest.raises(ValueError, match="ranks disagree on"):
+        opt.step()
+    check_unchanged(params, opt)
+
+
+def test_a_group_that_disagrees(on_ranks: Any) -> None:
+    on_ranks(4, check_disagreement_of_one_group, seconds=30)
+
+
 def check_disagreement_of_stages() -> None:
     (p,) = params_of(Spot((3 + dist.get_rank(),)))
     opt = compileclip.wrap(AdamW([p], lr=0.1), 1.0 + dist.get_rank(), process_group=mesh(2))
