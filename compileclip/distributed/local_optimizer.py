@@ -256,8 +256,11 @@ class LocalOptimizer:
 
 def _entries(state: Any) -> list[Any]:
     """What the state of an optimizer consists of."""
-    held = [each for each in state.values() if isinstance(each, dict)]
-    return [*held, *chain.from_iterable(map(dict.values, held))]
+    held = list(state.values())
+    try:
+        return [*held, *chain.from_iterable(map(dict.values, held))]
+    except TypeError:  # a class of its own keeps something else
+        return [*held, *chain.from_iterable(h.values() for h in held if isinstance(h, dict))]
 
 
 def _differ(now: list[Any], before: list[Any]) -> bool:
