@@ -81,13 +81,13 @@ def clipped(
 
 
 def _made(cls: type[Optimizer], settings: ClipSettings) -> type[ClippedOptimizer]:
-    def __init__(self: ClippedOptimizer, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+    def __init__(self: ClippedOptimizer, *args: Any, **kwargs: Any) -> None:  # noqa: N807  # of the class made here
         ClippedOptimizer.__init__(self, cls(*args, **kwargs), settings)
 
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     signature = inspect.signature(cls)
     # Who builds an optimizer from a file of settings may ask either for what it takes.
-    __init__.__signature__ = signature.replace(  # type: ignore[attr-defined]
+    __init__.__signature__ = signature.replace(  # type: ignore[attr-defined]  # as inspect
         parameters=[own, *signature.parameters.values()]
     )
     name = f"Clipped{cls.__name__}"
@@ -100,7 +100,7 @@ def _made(cls: type[Optimizer], settings: ClipSettings) -> type[ClippedOptimizer
         "settings": settings,
     }
     made: Any = ClippedClass(name, (ClippedOptimizer,), members)
-    return made  # type: ignore[no-any-return]
+    return made  # type: ignore[no-any-return]  # by a call of its metaclass
 
 
 def _remake(cls: type[Optimizer], settings: dict[str, Any]) -> type[ClippedOptimizer]:

@@ -1,8 +1,9 @@
-"""The table of mutants.py fits the code; ``make mutants`` runs it."""
+"""The table mutant_table.py fits the code; ``make mutants`` runs it."""
 
 from __future__ import annotations
 
-from mutants import MUTANTS, ROOT
+from mutant_table import MUTANTS
+from mutants import ROOT
 
 
 def test_each_text_is_there_once() -> None:

@@ -88,7 +88,7 @@ def _difference(said: Sequence[tuple[Any, dict[str, Any]]]) -> str:
     for mine, ranks, everybody in answers:
         for rank, theirs in zip(ranks, everybody, strict=True):
             for name in mine:
-                ours, other = mine[name], theirs[name]
+                ours, other = mine[name], theirs.get(name)
                 if ours != other:
                     here, there = _first(ours, other), _first(other, ours)
                     return f"{name}: {here} on rank {dist.get_rank()}, {there} on rank {rank}"
@@ -97,7 +97,7 @@ def _difference(said: Sequence[tuple[Any, dict[str, Any]]]) -> str:
 
 def _first(ours: Any, theirs: Any) -> str:
     """What is said; of a list the first item that differs."""
-    if not isinstance(ours, list):
+    if not isinstance(ours, list) or not isinstance(theirs, list):
         return repr(ours)
     for i, item in enumerate(ours):
         if i >= len(theirs) or theirs[i] != item:

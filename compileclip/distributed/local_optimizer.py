@@ -34,7 +34,7 @@ class LocalOptimizer:
     Attributes:
         optimizer: of the same class, with the same hyperparameters; not a copy but a view, which
             ``gradients`` brings up to date.
-        params: the parameters, each once; another list where they have changed.
+        params: the parameters, each once; another list where they or their placements change.
     """
 
     def __init__(self, optimizer: Optimizer, marks: bool) -> None:
@@ -197,10 +197,12 @@ class LocalOptimizer:
 
     def _rebuild(self) -> None:
         before, groups = self._views, self._of.param_groups
-        self.params = list(dict.fromkeys(p for group in groups for p in group["params"]))
-        self._sharded = list(filter(has_view, self.params))
-        self._others = [p for p in self.params if is_sharded(p) and not has_view(p)]
-        self._specs = list(map(_spec, self._sharded))
+        params = list(dict.fromkeys(p for group in groups for p in group["params"]))
+        self._sharded = list(filter(has_view, params))
+        self._others = [p for p in params if is_sharded(p) and not has_view(p)]
+        specs, self._specs = self._specs, list(map(_spec, self._sharded))
+        if _differ(params, self.params) or _differ(specs, self._specs):
+            self.params = params
         self._views = {p: self._view(p, before.get(p)) for p in self.params}
         self._sharded_views = [self._views[p] for p in self._sharded]
         self._objects = array("Q", map(id, chain(self._sharded, self._sharded_views)))

@@ -132,7 +132,7 @@ def _of_whole(mesh: DeviceMesh) -> ProcessGroup | None:
     root = getattr(mesh, "_get_root_mesh", lambda: mesh)()
     for flat in getattr(root, "_flatten_mapping", {}).values():
         if flat.ndim == 1 and sorted(flat.mesh.flatten().tolist()) == ranks:
-            return flat.get_group()  # type: ignore[no-any-return]
+            return flat.get_group()  # type: ignore[no-any-return]  # getattr's is Any
     return None
 
 

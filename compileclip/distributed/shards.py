@@ -53,7 +53,7 @@ def local(tensor: Tensor) -> Tensor:
     part: Any = tensor._local_tensor
     if type(part) is not Tensor and hasattr(part, "wait"):  # AsyncCollectiveTensor
         part = part.wait()
-    return part  # type: ignore[no-any-return]
+    return part  # type: ignore[no-any-return]  # private, so Any
 
 
 def as_placed(grad: Tensor, param: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Alike:
         params: the indices of the parameters.
     """
 
-    mesh: object
+    mesh: Any
     copies: int
     again: int = 1
     params: list[int] = field(default_factory=list)
@@ -58,20 +58,17 @@ class TotalNorm:
 
     def __init__(self, params: Sequence[Tensor], groups: ProcessGroups | None = None) -> None:
         """Look at ``params``, at least one, in their order on all ranks."""
-        found: dict[tuple[object, int], Alike] = {}
+        found: dict[tuple[Any, int], Alike] = {}
         for i, p in enumerate(params):
             mesh, copies = (p.device_mesh, _copies(p)) if is_sharded(p) else (None, 1)
             if (mesh, copies) not in found:
-                found[mesh, copies] = Alike(
-                    mesh, copies, 1 if mesh is None else _again(mesh, groups)
-                )
+                again = 1 if mesh is None else _again(mesh, groups)
+                found[mesh, copies] = Alike(mesh, copies, again)
             found[mesh, copies].params.append(i)
         self.alike = list(found.values())
-        each = [() if a.mesh is None else groups_of(a.mesh) for a in self.alike]  # type: ignore[arg-type]
-        self.over_meshes, self.over_groups = (
-            Reduction(each),
-            Reduction([groups.groups if groups else ()]),
-        )
+        meshes = [alike.mesh for alike in self.alike]
+        self.over_meshes = Reduction([() if m is None else groups_of(m) for m in meshes])
+        self.over_groups = Reduction([groups.groups if groups else ()])
         self._device = local(params[0]).device
 
     def of(
@@ -148,10 +145,10 @@ class TotalNorm:
         """Who holds what, and what travels for a norm with p = 2, if no gradient is float64."""
         found = []
         for alike in self.alike:
-            mesh: Any = alike.mesh
+            mesh, count = alike.mesh, len(alike.params)
             where = "plain" if mesh is None else f"on mesh {mesh.mesh_dim_names or ''}{mesh.shape}"
             held = f", of which {alike.copies} ranks each hold the same" if alike.copies > 1 else ""
-            found.append(f"{len(alike.params)} parameters {where}{held}")
+            found.append(f"{count} parameter{'s' if count > 1 else ''} {where}{held}")
         rounds = [*self.over_meshes.rounds, *self.over_groups.rounds]
         for group, members in rounds:
             found.append(f"one all-reduce of {8 * len(members)} bytes over {named(group)}")

@@ -71,7 +71,7 @@ class Program:
     @property
     def _outputs(self) -> tuple[Node, ...]:
         (outputs,) = self.graph.output_node().args
-        return tuple(outputs)  # type: ignore[arg-type]
+        return tuple(outputs)  # type: ignore[arg-type]  # an FX argument
 
     def _tensors(self, ndim: int) -> list[Node]:
         values = [(n, n.meta["val"]) for n in self._inputs()]

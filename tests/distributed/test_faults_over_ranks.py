@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -99,3 +100,22 @@ def check_one_rank() -> None:
 
 def test_a_group_of_one_rank(on_ranks: Any) -> None:
     on_ranks(2, check_one_rank)
+
+
+def check_raising() -> None:
+    """A step that raises, on state that was just loaded, and those after it."""
+    twins = Twins(SPOTS, lambda p: AdamW(p, lr=0.1), nonfinite="raise")
+    for step in range(5):
+        if step == 2:
+            for opt in (twins.ours, twins.theirs):
+                opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+                twins.set_grads(step, poison=float("nan"))
+                with pytest.raises(RuntimeError, match="non-finite"):
+                    opt.step()
+        twins.step(step)
+        twins.check()
+        assert twins.ours.state[twins.parts[0]]["step"] == step + 1
+
+
+def test_a_step_that_raises(on_ranks: Any) -> None:
+    on_ranks(2, check_raising)

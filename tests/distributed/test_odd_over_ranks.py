@@ -124,8 +124,8 @@ def check_explained() -> str:
 
 def test_explain(on_ranks: Any) -> None:
     text = on_ranks(4, check_explained)[0]
-    assert "1 parameters on mesh ('a', 'b')(2, 2), of which 2 ranks each hold the same" in text
-    assert "1 parameters plain" in text
+    assert "1 parameter on mesh ('a', 'b')(2, 2), of which 2 ranks each hold the same" in text
+    assert "1 parameter plain" in text
     assert "one all-reduce of 16 bytes over the group of ranks (0, 1, 2, 3)" in text
     assert "why eager" not in text
 
