@@ -6,12 +6,13 @@ The norm comes first, whatever this rank has to step, so that no rank waits for 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compileclip.eager import eager_step
+from compileclip.eager import eager_step, memory_layout
 from compileclip.eager.eager_step import Gradients, Scaler
 from compileclip.eager.norm_over_ranks import Ranks
 from compileclip.eager.unhooked_step import is_elementwise
@@ -57,9 +58,7 @@ class StepOverRanks:
             if self._with_parts(settings, scaler, norm, again):
                 return
             local.forget()
-            params = eager_step.params_with_grad(self._optimizer)
-            grads = Gradients(scaler.grad_scale, scaler.found_inf, params)
-            eager_step.update(self._optimizer, settings, grads, norm)
+            self._eagerly(eager_step.params_with_grad(self._optimizer), settings, scaler, norm)
 
     def _again(
         self, settings: ClipSettings, scaler: Scaler
@@ -125,9 +124,7 @@ class StepOverRanks:
         def step_others(views: list[Tensor]) -> None:
             self._warn(settings)
             local.leave(views)
-            params = [local.whole(view) for view in views]
-            grads = Gradients(scaler.grad_scale, scaler.found_inf, params)
-            eager_step.update_among(self._optimizer, settings, grads, norm)
+            self._eagerly(list(map(local.whole, views)), settings, scaler, norm)
 
         given = StepNorm(Ended(norm), Scaler())  # from which the scale is taken out
         if copies is not None and self.kernels.run(settings, copies, given, scaler, step_others):
@@ -135,6 +132,15 @@ class StepOverRanks:
             return True
         self._warn(settings)
         return False
+
+    def _eagerly(
+        self, params: list[Tensor], settings: ClipSettings, scaler: Scaler, norm: Tensor
+    ) -> None:
+        """Step ``params`` alone, by torch's kernels."""
+        grads = Gradients(scaler.grad_scale, scaler.found_inf, params)
+        together = memory_layout.are_on_one_mesh(params)
+        with nullcontext() if together else memory_layout.unfused(self._optimizer):
+            eager_step.update_among(self._optimizer, settings, grads, norm)
 
     def _warn(self, settings: ClipSettings) -> None:
         if settings.mode == "multi_tensor" and self.kernels and self.kernels.why_not is not None:

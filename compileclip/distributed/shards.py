@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from compileclip.distributed.process_groups import ProcessGroups
 
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether ``tensor`` is a ``DTensor``, as FSDP2 and tensor parallelism make them."""
@@ -28,6 +30,8 @@ def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
 
 def any_sharded(tensors: Sequence[Tensor]) -> bool:
     """Whether one of ``tensors`` is a ``DTensor``."""
+    if _PLAIN.issuperset(map(type, tensors)):
+        return False
     module: Any = sys.modules.get("torch.distributed.tensor")
     return module is not None and any(
         issubclass(kind, module.DTensor) for kind in set(map(type, tensors))

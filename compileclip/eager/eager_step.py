@@ -15,17 +15,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compileclip.distributed.shards import is_sharded, local
+from compileclip.distributed.shards import any_sharded, is_sharded, local
 from compileclip.eager import memory_layout, reference
 from compileclip.eager.checks import nonfinite_message
-from compileclip.eager.functional import get_total_norm
+from compileclip.eager.functional import norm_here
 from compileclip.eager.unhooked_step import is_torchs_own, step_on_copies, unhooked_step
 from compileclip.settings import ClipSettings
+
+_grad = attrgetter("grad")
 
 
 @dataclass
@@ -61,7 +64,7 @@ class Gradients(Scaler):
     def total_norm(self, norm_type: float) -> Tensor:
         """Their norm with ``grad_scale`` taken out, before clipping."""
         grads = [p.grad for p in self.params if p.grad is not None]
-        return self.unscaled(get_total_norm(grads, norm_type))
+        return self.unscaled(norm_here(grads, norm_type) if grads else torch.tensor(0.0))
 
 
 def params_with_grad(optimizer: Optimizer) -> list[Tensor]:
@@ -212,8 +215,9 @@ def _takes_this_scale(grads: Gradients, norm: Tensor) -> bool:
     A float64 gradient deserves a float64 one, a ``DTensor`` takes no plain scale, and a gradient of
     two parameters would be scaled twice.
     """
-    distinct = len({id(p.grad) for p in grads.params}) == len(grads.params)
-    return norm.dtype == torch.float32 and distinct and not any(map(is_sharded, grads.params))
+    params = grads.params
+    distinct = len(params) == 1 or len(set(map(id, map(_grad, params)))) == len(params)
+    return norm.dtype == torch.float32 and distinct and not any_sharded(params)
 
 
 def _quotient(dividend: Tensor | None, divisor: Tensor | None) -> Tensor | None:

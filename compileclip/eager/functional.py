@@ -81,7 +81,7 @@ def get_total_norm(
     elif not tensors:
         return torch.tensor(0.0)
     else:
-        total = _norm_here(tensors, norm_type, foreach)
+        total = norm_here(tensors, norm_type, foreach)
     return _finite(total, norm_type) if error_if_nonfinite else total
 
 
@@ -227,7 +227,8 @@ def _finite(total_norm: Tensor, norm_type: float) -> Tensor:
     return total_norm
 
 
-def _norm_here(tensors: list[Tensor], norm_type: float, foreach: bool | None) -> Tensor:
+def norm_here(tensors: list[Tensor], norm_type: float, foreach: bool | None = None) -> Tensor:
+    """``get_total_norm`` of at least one tensor, where this rank has all of each."""
     # What native code serves is plain and dense: it needs no further look.
     total = None if torch.compiler.is_compiling() else _natively(tensors, norm_type)
     if total is None:

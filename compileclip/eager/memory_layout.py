@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from compileclip.distributed.shards import any_sharded, is_sharded
+from compileclip.distributed.shards import is_sharded
 from compileclip.lowering.plain_tensors import is_dense
 
 if TYPE_CHECKING:
@@ -22,17 +22,14 @@ if TYPE_CHECKING:
 
 
 def are_alike(optimizer: Optimizer, params: Sequence[Tensor]) -> bool:
-    """Whether each parameter, its gradient and its state are, where torch's kernels need it.
+    """Whether each parameter, its gradient and its state are, where a fused kernel needs it.
 
-    Fused ones take elements in the order of memory, so that others would be updated by each
-    other's. Neither they nor foreach kernels take lists of ``DTensor`` on several meshes, or beside
-    plain tensors.
+    It takes elements in the order of memory, so that others would be updated by each other's.
     """
-    if not any(group.get("fused") or group.get("foreach") for group in optimizer.param_groups):
-        return True
-    if any_sharded(params) and len({p.device_mesh if is_sharded(p) else None for p in params}) > 1:
-        return False
-    if not any(group.get("fused") for group in optimizer.param_groups):
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            break
+    else:
         return True
     if _are_contiguous(optimizer, params):
         return True
@@ -73,6 +70,14 @@ def _is_alike(param: Tensor, state: Mapping[str, Any]) -> bool:
     if not _is_strided(param) or param.numel() < 2 or not shaped:
         return True
     return is_dense(param) and all(t.stride() == param.stride() for t in shaped)
+
+
+def are_on_one_mesh(params: Sequence[Tensor]) -> bool:
+    """Whether torch's fused and foreach kernels take ``params`` together.
+
+    They take no ``DTensor`` beside plain tensors, or beside those of another mesh.
+    """
+    return len({p.device_mesh if is_sharded(p) else None for p in params}) <= 1
 
 
 @contextmanager

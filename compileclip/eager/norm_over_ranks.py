@@ -108,5 +108,5 @@ class Ranks:
 
 def are_parts(optimizer: Optimizer, settings: ClipSettings) -> bool:
     """Whether ranks hold parts of the parameters of ``optimizer``."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    return bool(settings.process_group) or any_sharded(params)
+    groups = optimizer.param_groups
+    return bool(settings.process_group) or any(any_sharded(group["params"]) for group in groups)
