@@ -237,6 +237,7 @@ class ClippedOptimizer(Delegate):
         "Whether ``p.grad`` holds the clipped gradient after a step; None for no promise."
     )
     mode = Fixed[str]("The mode that was asked for.")
+    process_group = Fixed[object]("The ranks that hold other plain parameters, or None.")
 
     def explain(self) -> str:
         """A table of what a step does: per bucket its mode, size, scaling and bytes moved."""

@@ -113,6 +113,7 @@ def test_a_bound_of_a_group_that_comes_after_a_step_was_compiled() -> None:
         ("nonfinite", "propagate", "typo"),
         ("write_grads", None, True),
         ("mode", "auto", "eager"),
+        ("process_group", None, "typo"),
     ],
 )
 def test_what_cannot_be_set_later(name: str, value: Any, other: Any) -> None:
